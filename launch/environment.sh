@@ -1,0 +1,31 @@
+# Sourced by the other scripts. install_into VENV REQUIREMENT: makes the environment once, and
+# installs into it when setup.cfg or the requirement has changed since the last time.
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
+    if [[ -n $candidate ]] && "$candidate" -c \
+      'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or 3.12 with venv found; install one, or name it: PYTHON=/path/to/python bash $0" >&2
+  return 1
+}
+
+install_into() {
+  local venv=$1 requirement=$2 python stamp wanted
+  stamp=$venv/.installed
+  if [[ ! -x $venv/bin/python ]]; then
+    python=$(find_python)
+    echo "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+  fi
+  wanted="$requirement $(cksum <setup.cfg)"
+  if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
+    echo "installing $requirement (about half a minute on a fast line)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$requirement"
+    echo "$wanted" >>"$stamp"
+  fi
+}

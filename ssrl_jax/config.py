@@ -1,0 +1,154 @@
+"""Every knob of a run, once, with its meaning. A recipe in configs/ states what it decides.
+
+Values are primitives; what follows from them (steps from epochs, the learning rate from the batch)
+is derived in code, so one override moves everything that depends on it. The groups `method` and
+`encoder` are filled from the factories' own keyword arguments: a knob that exists there exists
+here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ssrl_jax.method import ViewSpec
+from ssrl_jax.methods import METHODS
+
+# Changing one of these between a run and its continuation cannot change what a step computes.
+HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
+            "data.threads", "data.dry_run")  # fmt: skip
+
+
+def nearest(name: str, known: Iterable[str], what: str) -> str:
+  """The message for an unknown name: the nearest valid one first, then all of them."""
+  known = list(known)
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  hint = f"did you mean {close[0]!r}? " if close else ""
+  return f"unknown {what} {name!r}; {hint}known: {', '.join(known)}"
+
+
+def keyword_defaults(f: Callable) -> dict[str, Any]:
+  """{name: default} of the keyword arguments of `f` that have one."""
+  parameters = inspect.signature(f).parameters.values()
+  return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def view_group(**changes: Any) -> ConfigDict:
+  """A ViewSpec's fields as a config group; see ssrl_jax/method.py for their meaning."""
+  fields = {k: v for k, v in ViewSpec._field_defaults.items() if k not in ("mean", "std")}
+  unknown = changes.keys() - fields.keys()
+  if unknown:
+    raise ValueError(nearest(min(unknown), fields, "field of a view"))
+  return ConfigDict({**fields, **changes})
+
+
+def base_config(method: str) -> ConfigDict:
+  """The config of `method` with every knob at its default."""
+  if method not in METHODS:
+    raise ValueError(nearest(method, METHODS, "method"))
+  c = ConfigDict()
+  c.seed = 0  # of initialisation, data order and views
+  c.batch_size = 256  # images per step over all devices
+  c.epochs = 100.0  # passes over the training set
+  c.steps = 0  # if > 0: this many steps, whatever `epochs` says
+  c.method = ConfigDict({"name": method, **keyword_defaults(METHODS[method])})
+
+  c.encoder = ConfigDict()
+  c.encoder.name = "resnet18"  # a key of models.ENCODERS
+  c.encoder.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
+  c.encoder.resnet = ConfigDict({"width": 64, "stem": "imagenet", "zero_init": True})
+  c.encoder.vit = ConfigDict(
+    {"patch": 16, "registers": 0, "position": "sincos", "drop_path": 0.0, "pool": "cls"}
+  )
+  c.encoder.fusion = ConfigDict({"enabled": False, "width": 128, "pooled": "both"})
+
+  c.data = ConfigDict()
+  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | tfds:NAME
+  c.data.data_dir = ""  # of tfds; empty: its own default
+  c.data.train = "train"  # split to train on, and the bank of k-NN and linear
+  c.data.test = "test"  # split to evaluate on
+  c.data.canvas = 32  # side in pixels of the square that a decoded picture is put on
+  c.data.num_train = 0  # this many training images, drawn with `seed_subset`; 0 = all
+  c.data.num_test = 0  # likewise of the test images; 0 = all
+  c.data.seed_subset = 0  # which ones: the same for every seed of a run
+  c.data.workers = 0  # reader processes; 0 = threads of this one
+  c.data.threads = 2  # reader threads in each process
+  c.data.mean = (0.485, 0.456, 0.406)  # subtracted from pixels in [0, 1]
+  c.data.std = (0.229, 0.224, 0.225)  # divided by
+  c.data.dry_run_examples = 50_000  # what --dry_run takes for the size of the training set
+  c.data.dry_run_classes = 10
+
+  c.views = ConfigDict({"global": view_group(), "local": view_group(count=0)})
+
+  c.optim = ConfigDict()
+  c.optim.name = "adamw"  # adamw | lars | sgd
+  c.optim.learning_rate = 1e-3  # at the peak
+  c.optim.scale_by_batch = False  # True: learning_rate is for batch 256 and scales with the batch
+  c.optim.warmup_epochs = 10.0
+  c.optim.final_fraction = 0.0  # of the peak, at the end of the cosine
+  c.optim.weight_decay = 1e-4
+  c.optim.momentum = 0.9  # sgd, lars
+  c.optim.b1 = 0.9  # adamw
+  c.optim.b2 = 0.999  # adamw
+  c.optim.trust_coefficient = 1e-3  # lars
+  c.optim.clip_norm = 0.0  # of the whole gradient; 0 = off
+
+  c.probe = ConfigDict({"learning_rate": 1e-2})  # online linear probe (Adam)
+
+  c.mesh = ConfigDict()
+  c.mesh.devices = 0  # 0 = all
+  c.mesh.fsdp = False  # True: parameters and optimizer state are cut over the devices
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every_steps = 500  # and always at the end
+  c.checkpoint.keep = 2  # newest
+  c.checkpoint.keep_best = 1  # highest online-probe accuracy
+
+  c.log = ConfigDict()
+  c.log.every_steps = 20  # a line on the screen and in metrics.jsonl
+  c.log.tensorboard = True
+
+  c.evaluate = ConfigDict()
+  c.evaluate.evals = "knn,linear"  # after training; empty = none
+  c.evaluate.controls = True  # also evaluate the untrained encoder and raw pixels
+  c.evaluate.batch_size = 256
+  c.evaluate.size = 32  # side of the evaluation view, pixels
+  c.evaluate.crop = 1.0  # its share of the shorter side: 0.875 = resize 256, centre crop 224
+  c.evaluate.knn = ConfigDict({"k": 20, "temperature": 0.07})
+  c.evaluate.linear = ConfigDict(
+    {
+      "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+      "weight_decays": (0.0, 1e-4, 1e-3, 1e-2),
+      "epochs": 50,
+      "batch_size": 256,
+      "held_out": 0.1,
+    }
+  )
+  c.evaluate.report = True  # write report.html
+  return c
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """{"optim.name": "adamw", ...}, tuples as lists, as they come back from JSON."""
+  flat: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, (ConfigDict, dict)):
+      flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
+    else:
+      flat[key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def changed_keys(old: ConfigDict | dict, new: ConfigDict | dict) -> list[str]:
+  """`key: old -> new` for each key whose change would change the computation."""
+  old, new = flatten(old), flatten(new)
+  absent = "absent"
+  return [
+    f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key, absent) != new.get(key, absent) and not key.startswith(HARMLESS)
+  ]

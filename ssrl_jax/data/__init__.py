@@ -1,0 +1,1 @@
+"""The host side: where pictures come from, how they are decoded, in which order they arrive."""

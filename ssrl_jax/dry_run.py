@@ -1,0 +1,86 @@
+"""What a recipe would run and what it costs, without data and without allocating anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from ssrl_jax import parallel
+from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
+from ssrl_jax.flops import PEAK_FLOPS
+from ssrl_jax.optim import describe_groups
+from ssrl_jax.train import abstract_views, flops_per_step, num_parameters
+
+ASSUMED_MFU = 0.2  # of the estimated device-hours: good for a ResNet-50; a ViT reaches twice that
+REFERENCE_DEVICE = "NVIDIA H200"
+
+
+def array_bytes(tree: Any, *, per_device: bool) -> int:
+  """Bytes of a tree's arrays, in all or on each device."""
+
+  def one(x):
+    shape = x.sharding.shard_shape(x.shape) if per_device else x.shape
+    return math.prod(shape) * x.dtype.itemsize
+
+  return sum(one(x) for x in jax.tree.leaves(tree))
+
+
+def activation_bytes(experiment: Experiment) -> int:
+  """Bytes that the backward pass of one step keeps, over all devices, parameters left out.
+
+  An upper estimate: every residual of the traced program, before the compiler fuses or recomputes.
+  """
+  method, state = experiment.method, abstract_state(experiment)
+
+  def residuals(params, method_state, views, key, step):
+    _, vjp, _ = jax.vjp(
+      lambda p: method.loss(p, method_state, views, key, step), params, has_aux=True
+    )
+    return jax.tree.leaves(vjp)
+
+  arguments = (state.params, state.method_state, abstract_views(experiment), state.key, state.step)
+  kept = jax.eval_shape(residuals, *arguments)
+  total = array_bytes(kept, per_device=False) - array_bytes(state.params, per_device=False)
+  return max(total, 0)
+
+
+def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
+  """Prints the parameter table, shapes, shardings, memory, FLOPs and estimated device-hours."""
+  experiment = build(
+    config,
+    num_examples=config.data.num_train or config.data.dry_run_examples,
+    num_classes=config.data.dry_run_classes,
+  )
+  state, batch = abstract_state(experiment), abstract_batch(experiment)
+  n, mib = experiment.mesh.size, 2**20
+  leaves = jax.tree.leaves(state)
+  cut = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
+  say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  say(describe_groups(state.params) + "\n")
+  say(f"mesh              {n} device(s) on axis {parallel.DATA!r}; fsdp {config.mesh.fsdp}")
+  for name, x in batch.items():
+    shard = x.sharding.shard_shape(x.shape)
+    say(f"batch/{name:<11} {x.dtype}{list(x.shape)}, on each device {list(shard)}")
+  for name, x in abstract_views(experiment).items():
+    say(f"views/{name:<11} {x.dtype}{list(x.shape)}")
+  say(f"state             {len(leaves)} arrays, {len(cut)} of them cut over the devices")
+  say(f"parameters        {num_parameters(state.params):,}\n")
+
+  activations = activation_bytes(experiment) / n / mib
+  say(f"memory a device   state {array_bytes(state, per_device=True) / mib:,.0f} MiB, batch")
+  say(
+    f"                  {array_bytes(batch, per_device=True) / mib:,.0f} MiB, activations at most"
+  )
+  say(f"                  {activations:,.0f} MiB (before the compiler fuses)")
+  flops = flops_per_step(experiment)
+  total = flops * experiment.total_steps
+  say(f"steps             {experiment.total_steps:,} ({experiment.steps_per_epoch:,} an epoch)")
+  say(f"FLOPs             {flops:.4g} a step, {total:.4g} in all (1 MAC = 2 FLOP)")
+  hours = total / (PEAK_FLOPS[REFERENCE_DEVICE] * ASSUMED_MFU) / 3600
+  say(f"estimated cost    {hours:,.1f} device-hours of {REFERENCE_DEVICE} at {ASSUMED_MFU:.0%} MFU")
+  say(f"                  (not measured), {hours / n:,.1f} hours on {n} device(s)")

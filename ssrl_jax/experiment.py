@@ -1,0 +1,159 @@
+"""From a config to the parts of a run: what training, evaluation, the dry run and tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ssrl_jax import optim, parallel
+from ssrl_jax.config import nearest
+from ssrl_jax.data import sources
+from ssrl_jax.method import Array, Method, ViewSpec
+from ssrl_jax.methods import METHODS
+from ssrl_jax.models import make_encoder
+from ssrl_jax.probe import init_probe
+from ssrl_jax.state import TrainState
+from ssrl_jax.views import check_specs
+
+
+class Experiment(NamedTuple):
+  """Everything that follows from a config and the size of its training set; holds no arrays."""
+
+  config: ConfigDict
+  mesh: Mesh
+  method: Method
+  optimizer: optax.GradientTransformation
+  schedule: Callable[[Any], Any]
+  num_classes: int | None
+  steps_per_epoch: int
+  total_steps: int
+
+
+def view_specs(config: ConfigDict) -> tuple[ViewSpec, ...]:
+  """The ViewSpecs of the groups under config.views whose count is not 0."""
+  specs = tuple(
+    ViewSpec(name=name, mean=config.data.mean, std=config.data.std, **group)
+    for name, group in config.views.items()
+    if group.count
+  )
+  check_specs(specs)
+  return specs
+
+
+def open_split(config: ConfigDict, split: str) -> sources.Source:
+  """The training ("train") or test ("test") pictures of a config's source."""
+  data = config.data
+  limit = data.num_train if split == "train" else data.num_test
+  name = data.train if split == "train" else data.test
+  return sources.open_source(
+    data.source,
+    split=name,
+    size=data.canvas,
+    data_dir=data.data_dir,
+    limit=limit,
+    seed=data.seed_subset,
+  )
+
+
+def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> Experiment:
+  """Builds the method, optimizer and mesh; allocates nothing.
+
+  Raises:
+    ValueError: an unknown name, a batch that the devices cannot share, a set smaller than a batch.
+  """
+  mesh = parallel.make_mesh(config.mesh.devices)
+  batch_size = config.batch_size
+  parallel.check_batch_size(batch_size, mesh)
+  if num_examples < batch_size:
+    raise ValueError(
+      f"the training set has {num_examples} images, fewer than one batch of {batch_size}; lower "
+      "batch_size"
+    )
+  steps_per_epoch = num_examples // batch_size
+  total_steps = config.steps or round(config.epochs * steps_per_epoch)
+  if total_steps < 1:
+    raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
+  name, options = split_name(config.method)
+  if name not in METHODS:
+    raise ValueError(nearest(name, METHODS, "method"))
+  method = METHODS[name](
+    encoder=make_encoder(**config.encoder.to_dict()),
+    views=view_specs(config),
+    total_steps=total_steps,
+    **options,
+  )
+  optimizer, schedule = optim.make_optimizer(
+    **config.optim,
+    batch_size=batch_size,
+    steps_per_epoch=steps_per_epoch,
+    total_steps=total_steps,
+  )
+  return Experiment(
+    config, mesh, method, optimizer, schedule, num_classes, steps_per_epoch, total_steps
+  )
+
+
+def split_name(group: ConfigDict) -> tuple[str, dict[str, Any]]:
+  """{"name": n, **options} -> n, options."""
+  options = group.to_dict()
+  return options.pop("name"), options
+
+
+def init_state(experiment: Experiment, key: Array) -> TrainState:
+  """The state at step 0; pure, to be compiled or traced."""
+  method, config = experiment.method, experiment.config
+  views = {s.name: jnp.zeros((2, s.count, s.size, s.size, 3)) for s in method.views}
+  params, method_state = method.init(jax.random.fold_in(key, 0), views)
+  probe = ()
+  if experiment.num_classes:
+    size = config.evaluate.size
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    num_features = jax.eval_shape(method.encode, params, method_state, images).pooled.shape[-1]
+    probe = init_probe(num_features, experiment.num_classes, **config.probe)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    method_state=method_state,
+    opt_state=experiment.optimizer.init(params),
+    probe=probe,
+    substituted=jnp.zeros((), jnp.int32),
+    key=jax.random.fold_in(key, 1),
+  )
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+  """Shapes, types and shardings of the train state; nothing is computed."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  shapes = jax.eval_shape(lambda k: init_state(experiment, k), key)
+  shardings = parallel.state_shardings(shapes, experiment.mesh, fsdp=experiment.config.mesh.fsdp)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def create_state(experiment: Experiment) -> TrainState:
+  """The state at step 0, made by a compiled function on the devices where it will live."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(experiment))
+  init = jax.jit(lambda k: init_state(experiment, k), out_shardings=shardings)
+  return init(jax.random.key(experiment.config.seed))
+
+
+def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+  """The batch contract as shapes: what the compiled step is given."""
+  b, s = experiment.config.batch_size, experiment.config.data.canvas
+  sharding = parallel.batch_sharding(experiment.mesh)
+  shapes = {
+    "image": ((b, s, s, 3), np.uint8),
+    "extent": ((b, 2), np.int32),
+    "label": ((b,), np.int32),
+    "id": ((b, 2), np.uint32),
+    "substituted": ((b,), np.int32),
+  }
+  return {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in shapes.items()}

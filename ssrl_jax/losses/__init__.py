@@ -1,0 +1,1 @@
+"""Pure objectives: arrays in, values out. No parameters, no state, no collectives."""

@@ -1,0 +1,77 @@
+"""Constraints on the distribution of a batch of embeddings: what keeps it from collapsing without
+negative samples. Each takes [B, P] and returns a scalar to be minimised; the batch is the global
+batch. None is a mean over examples, so none has per-example values.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ssrl_jax.method import Array, normalise
+
+
+def coding_rate(z_BP: Array, *, eps: float) -> Array:
+  """Minus the coding rate of the batch, per dimension: -logdet(I + P / (B eps^2) Z'Z) / (2 P).
+
+  Yu et al. 2020 (MCR2), equation 1, on rows of unit length as in EMP-SSL (Tong et al. 2023) and
+  SimDINO (Wu et al. 2025). It is least when the batch fills every direction of the sphere alike:
+  then it is -log(1 + 1 / eps^2) / 2, for B >= P. Divided by P so that its weight does not depend
+  on the width.
+
+  Args:
+    z_BP: embeddings, any scale.
+    eps: permitted distortion, > 0; smaller asks for a flatter spectrum.
+  """
+  z_BP = normalise(z_BP)
+  b, p = z_BP.shape
+  gram = z_BP.T @ z_BP if p <= b else z_BP @ z_BP.T  # the same determinant, the smaller matrix
+  scaled = jnp.eye(gram.shape[0], dtype=gram.dtype) + gram * (p / (b * eps**2))
+  half_logdet = jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(scaled))))
+  return -half_logdet / p
+
+
+def variance_covariance(z_BP: Array, *, covariance_weight: float = 1 / 25) -> Array:
+  """VICReg's two regularisers of one branch: hinge on the standard deviation, off-diagonal squares.
+
+  Bardes et al. 2022, equations 1 to 4. As the official code: variance unbiased, 1e-4 inside the
+  root, the covariance term divided by P. The official loss halves the variance term (mean over the
+  two branches) but not the covariance term; with weights 25 and 1 that is `covariance_weight`
+  1/25 of this function averaged over branches, times 25, with the covariance doubled.
+
+  Returns:
+    mean_j max(0, 1 - sqrt(var_j + 1e-4)) + covariance_weight * sum_{i != j} cov_ij^2 / P
+  """
+  z_BP = z_BP.astype(jnp.float32)
+  b, p = z_BP.shape
+  z_BP = z_BP - jnp.mean(z_BP, axis=0, keepdims=True)
+  cov_PP = z_BP.T @ z_BP / (b - 1)
+  var_P = jnp.diagonal(cov_PP)
+  variance = jnp.mean(jax.nn.relu(1 - jnp.sqrt(var_P + 1e-4)))
+  covariance = (jnp.sum(cov_PP**2) - jnp.sum(var_P**2)) / p
+  return variance + covariance_weight * covariance
+
+
+def sigreg(z_BP: Array, key: Array, *, num_directions: int = 256) -> Array:
+  """SIGReg: distance of random 1-D projections from a standard normal (Epps-Pulley statistic).
+
+  Balestriero & LeCun 2025 (LeJEPA); as the official lejepa/univariate/epps_pulley.py: 17 points
+  t in [0, 3], trapezoid weights doubled for the symmetric half, window exp(-t^2 / 2), times B.
+
+  Args:
+    z_BP: embeddings, NOT normalised: the target distribution has unit variance in each direction.
+    key: draws the directions, the same on every device; a new one each step.
+    num_directions: unit vectors per call (256 in the paper's minimal form, 1024 in full).
+  """
+  z_BP = z_BP.astype(jnp.float32)
+  b, p = z_BP.shape
+  direction_PK = jax.random.normal(key, (p, num_directions))
+  direction_PK = direction_PK / jnp.linalg.norm(direction_PK, axis=0, keepdims=True)
+  t_T = jnp.linspace(0.0, 3.0, 17)
+  dt = 3.0 / 16
+  weight_T = jnp.full(17, 2 * dt).at[jnp.array([0, 16])].set(dt) * jnp.exp(-(t_T**2) / 2)
+  angle_BKT = (z_BP @ direction_PK)[:, :, None] * t_T[None, None, :]
+  real_KT = jnp.mean(jnp.cos(angle_BKT), axis=0) - jnp.exp(-(t_T**2) / 2)[None, :]
+  imaginary_KT = jnp.mean(jnp.sin(angle_BKT), axis=0)
+  statistic_K = b * jnp.sum((real_KT**2 + imaginary_KT**2) * weight_T[None, :], axis=1)
+  return jnp.mean(statistic_K)

@@ -1,0 +1,114 @@
+"""python -m ssrl_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.KEY=VALUE]
+
+Trains (from the newest checkpoint of the folder, if it has one), evaluates, and writes results.json
+and report.html. The only module that reads flags.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from ssrl_jax import parallel
+from ssrl_jax.dry_run import dry_run
+from ssrl_jax.evaluate.suite import evaluate_run, results_table
+from ssrl_jax.experiment import build, open_split
+from ssrl_jax.optim import describe_groups
+from ssrl_jax.report import write_report
+from ssrl_jax.run_folder import open_run_folder, write_results
+from ssrl_jax.train import abstract_state, num_parameters, train
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Recipe, FILE or FILE:METHOD.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+  "workdir", "", "The run's folder; default: runs/RECIPE-METHOD. A run in it is continued."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run and what it costs; no data.")
+DEVICES = flags.DEFINE_integer("devices", 0, "With --dry_run: pretend to have this many devices.")
+ALLOW_CHANGE = flags.DEFINE_bool(
+  "allow_config_change", False, "Continue a run although its config has changed."
+)
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of this job first.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it arose.")
+
+
+def run(argv: list[str]) -> int:
+  """Returns the exit status: 0 finished, 143 stopped by a signal with everything saved."""
+  config, started = CONFIG.value, time.time()
+  if DRY_RUN.value and DEVICES.value:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES.value)
+  parallel.start(MULTIHOST.value)
+  say = print_line if jax.process_index() == 0 else lambda line: None
+  if DRY_RUN.value:
+    dry_run(config, say=say)
+    return 0
+
+  source = open_split(config, "train")
+  experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+  recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+  folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
+  open_run_folder(folder, config, allow_change=ALLOW_CHANGE.value)
+  params = abstract_state(experiment).params
+  say(f"{config.method.name} with {config.encoder.name} on {source.describe()}")
+  say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
+      f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
+  say(describe_groups(params))
+  state, finished = train(experiment, source, folder, say=say)
+  if not finished:
+    say(f"stopped at step {int(state.step)}; the same command goes on from there")
+    return 143
+
+  evaluation = evaluate_run(experiment, state, evals=config.evaluate.evals, say=say)
+  write_results(
+    folder, experiment, state, evaluation.results,
+    command=shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]]), started=started,
+  )  # fmt: skip
+  if config.evaluate.report:
+    write_report(folder, figures=evaluation.figures)
+    say(f"report: {folder / 'report.html'}")
+  say(results_table(evaluation.results))
+  return 0
+
+
+def print_line(line: str) -> None:
+  print(line, flush=True)
+
+
+def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
+  """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
+  try:
+    return program()
+  except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
+          flags.Error) as error:  # fmt: skip
+    if show_traceback():
+      traceback.print_exc()
+    else:
+      print(f"error: {' '.join(str(error).split())}  (--traceback shows where)", file=sys.stderr)
+    return 1
+
+
+def cli(argv: list[str]) -> int:
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+  def program() -> int:
+    flags.FLAGS(argv)
+    if CONFIG.value is None:
+      raise ValueError("--config=configs/NAME.py is missing; see README.md for the recipes")
+    return run(argv)
+
+  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+
+
+if __name__ == "__main__":
+  sys.exit(cli(sys.argv))

@@ -1,0 +1,114 @@
+"""Health of a representation, computed inside the step; and where the figures of a run are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssrl_jax.method import Array, normalise
+
+
+def health(embeddings_BP: Array, targets_BP: Array | None) -> dict[str, Array]:
+  """Figures that show collapse long before the loss does.
+
+  Returns:
+    health/std: standard deviation of the unit-length embeddings over the batch, averaged over
+      dimensions, times sqrt(P): 1 when they fill the sphere evenly, 0 when all are the same.
+    health/cosine: mean |cosine| between different images: 1 when all are parallel.
+    health/rank: effective dimensions as the participation ratio (sum e)^2 / sum e^2 of the
+      covariance's eigenvalues e, in [1, P]; it needs two matrix products, no decomposition.
+    health/target_distance: mean 2 - 2 cos to the target, in [0, 4]; only where there is one.
+  """
+  z_BP = normalise(embeddings_BP)
+  b, p = z_BP.shape
+  centred_BP = z_BP - jnp.mean(z_BP, axis=0, keepdims=True)
+  var_P = jnp.mean(centred_BP**2, axis=0)
+  few_BP = z_BP[:512]
+  cosine_BB = jnp.abs(few_BP @ few_BP.T)
+  n = few_BP.shape[0]
+  cov = centred_BP.T @ centred_BP / b if p <= b else centred_BP @ centred_BP.T / b
+  figures = {
+    "health/std": jnp.mean(jnp.sqrt(var_P)) * math.sqrt(p),
+    "health/cosine": (jnp.sum(cosine_BB) - jnp.trace(cosine_BB)) / max(n * (n - 1), 1),
+    "health/rank": jnp.trace(cov) ** 2 / (jnp.sum(cov**2) + 1e-12),
+  }
+  if targets_BP is not None:
+    cosine_B = jnp.sum(z_BP * normalise(targets_BP), axis=-1)
+    figures["health/target_distance"] = jnp.mean(2 - 2 * cosine_B)
+  return figures
+
+
+def first_non_finite(tree: Any) -> Array:
+  """int32: index, in the tree's order, of the first array with a NaN or infinity; -1 if none."""
+  bad = [~jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  bad = jnp.stack(bad)
+  return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def collapse(figures: dict[str, float], num_dimensions: int) -> str | None:
+  """The name of the collapse that the health figures show, or None.
+
+  complete: every image has the same embedding. dimensional: fewer than 2 effective dimensions, or
+  fewer than 2 % of those there are, carry anything.
+  """
+  if figures["health/std"] < 0.05 or figures["health/cosine"] > 0.99:
+    return (
+      "complete collapse: all images have nearly the same embedding (std "
+      f"{figures['health/std']:.3f} of 1, mean |cosine| {figures['health/cosine']:.3f})"
+    )
+  if num_dimensions >= 8 and figures["health/rank"] < max(2.0, 0.02 * num_dimensions):
+    return (
+      f"dimensional collapse: only {figures['health/rank']:.1f} of {num_dimensions} dimensions of "
+      "the embedding are in use"
+    )
+  return None
+
+
+class Writer:
+  """metrics.jsonl (one JSON object a line) and TensorBoard events of one run's folder.
+
+  On resume at `step`, lines after it are dropped: each step stands there once, whatever happened.
+  """
+
+  def __init__(self, workdir: str | Path, *, step: int, tensorboard: bool):
+    self._path = Path(workdir) / "metrics.jsonl"
+    kept = [r for r in read_metrics(workdir) if r["step"] <= step]
+    partial = self._path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(partial, self._path)
+    self._file = self._path.open("a")
+    self._board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+
+  def write(self, step: int, figures: dict[str, float]) -> None:
+    self._file.write(json.dumps({"step": step, **figures}) + "\n")
+    self._file.flush()
+    if self._board:
+      for name, value in figures.items():
+        self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    if self._board:
+      self._board.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+  """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+  path = Path(workdir) / "metrics.jsonl"
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return records

@@ -1,0 +1,53 @@
+"""Every encoder by name. A new one is a file beside this and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ssrl_jax.models.fusion import FusionEncoder
+from ssrl_jax.models.resnet import make_resnet
+from ssrl_jax.models.vit import make_vit
+
+ENCODERS = {
+  "resnet8": partial(make_resnet, depth=8),
+  "resnet10": partial(make_resnet, depth=10),
+  "resnet18": partial(make_resnet, depth=18),
+  "resnet34": partial(make_resnet, depth=34),
+  "resnet50": partial(make_resnet, depth=50),
+  "resnet101": partial(make_resnet, depth=101),
+  "vit_nano": partial(make_vit, size="nano"),
+  "vit_ti": partial(make_vit, size="ti"),
+  "vit_s": partial(make_vit, size="s"),
+  "vit_b": partial(make_vit, size="b"),
+  "vit_l": partial(make_vit, size="l"),
+}
+DTYPES = ("float32", "bfloat16")
+
+
+def make_encoder(
+  *, name: str, dtype: str, resnet: dict[str, Any], vit: dict[str, Any], fusion: dict[str, Any]
+) -> nn.Module:
+  """The encoder of a recipe: encoder(images [B, H, W, 3], train) -> Features.
+
+  Args:
+    name: a key of `ENCODERS`.
+    dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+    resnet, vit: options of `make_resnet` and `make_vit`; the other family's are not used.
+    fusion: enabled (wraps the encoder in a FusionEncoder), and FusionEncoder's fields.
+  """
+  if name not in ENCODERS:
+    nearest = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0)[0]
+    raise ValueError(f"no encoder {name!r}; nearest: {nearest!r}, all: {', '.join(ENCODERS)}")
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype {dtype!r}: expected one of {DTYPES}")
+  encoder = ENCODERS[name](**(resnet if name.startswith("resnet") else vit), dtype=dtype)
+  options = dict(fusion)
+  enabled = options.pop("enabled")
+  # Built also where it is not enabled, so that an unused key fails there too.
+  fused = FusionEncoder(backbone=encoder, dtype=jnp.dtype(dtype), **options)
+  return fused if enabled else encoder

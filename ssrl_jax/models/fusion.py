@@ -1,0 +1,117 @@
+"""FusionEncoder: an encoder whose stages are fused across scales.
+
+After Zhang 2026 (ISTAER2616), of which only the abstract is public: the form is ours. Each stage
+is projected to one width; a top-down and a bottom-up pass add them with learned weights (BiFPN's
+fast normalised fusion, Tan et al. 2020, section 3.3); the mean of each fused map is a vector of its
+scale; attention over the scales makes one vector of them.
+
+Learned weights let the network leave out a scale that is hard. They can be watched:
+`mutable=["intermediates"]` gives every node's normalised weights and the attention over scales.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ssrl_jax.method import Array, Features
+from ssrl_jax.models.resnet import batch_norm, conv
+from ssrl_jax.models.vit import enlarge, shrink
+
+POOLED = ("both", "backbone", "fused")
+CONVS = ("none", "pointwise", "depthwise")
+
+
+class FusionEncoder(nn.Module):
+  """Images [B, H, W, 3] -> Features with `maps` (F = width channels), `scales` and `fused`.
+
+  Departs from BiFPN: nearest and mean resizing without convolutions between scales, ReLU after a
+  node's (optional) convolution and not before it, one pass.
+  """
+
+  backbone: nn.Module  # images, train -> Features
+  width: int = 128
+  pooled: str = "both"  # concatenated: the backbone's pooled vector and the fused one; or either
+  skip: int = 0  # the finest maps of the backbone that are left out; they cost most
+  conv: str = "none"  # at every node, with BatchNorm: "none", "pointwise" 1x1 or "depthwise" 3x3
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images_BHWC: Array, train: bool) -> Features:
+    for name, value, valid in (("pooled", self.pooled, POOLED), ("conv", self.conv, CONVS)):
+      if value not in valid:
+        raise ValueError(f"{name} {value!r}: expected one of {valid}")
+    features = self.backbone(images_BHWC, train)
+    strides = sorted(features.maps)[self.skip :]
+    if len(strides) < 2:
+      raise ValueError(
+        f"skip {self.skip} leaves {len(strides)} of the backbone's maps (strides "
+        f"{sorted(features.maps)}); at most {len(features.maps) - 2} can be left out"
+      )
+    maps = {}
+    for s in strides:
+      x_BHWF = conv(self.width, 1, dtype=self.dtype, name=f"project{s}")(features.maps[s])
+      maps[s] = batch_norm(train, dtype=self.dtype, name=f"project{s}_norm")(x_BHWF)
+    maps = self._fuse(maps, strides, train)
+    scales_BSF = jnp.stack(
+      [jnp.mean(maps[s].astype(jnp.float32), axis=(1, 2)) for s in strides], axis=1
+    )
+    fused_BF = self._attend(scales_BSF)
+    pooled_BD = {
+      "both": jnp.concatenate([features.pooled, fused_BF], axis=-1),
+      "backbone": features.pooled,
+      "fused": fused_BF,
+    }[self.pooled]
+    return Features(pooled_BD, maps, features.attention, scales_BSF, fused_BF)
+
+  def _fuse(self, maps: dict[int, Array], strides: list[int], train: bool) -> dict[int, Array]:
+    """Top-down, then bottom-up; a node with one input is that input (BiFPN)."""
+    down, up = dict(maps), {}
+    for coarse, fine in pairwise(reversed(strides)):
+      _, H, W, _ = maps[fine].shape
+      # A map has ceil(H / stride) rows: twice the coarse one's, or one less.
+      inputs = [maps[fine], enlarge(down[coarse], coarse // fine)[:, :H, :W]]
+      down[fine] = Node(self.conv, self.dtype, name=f"top_down{fine}")(inputs, train)
+    up[strides[0]] = down[strides[0]]
+    for fine, coarse in pairwise(strides):
+      inputs = [maps[coarse], shrink(up[fine], coarse // fine)]
+      if coarse != strides[-1]:
+        inputs.append(down[coarse])
+      up[coarse] = Node(self.conv, self.dtype, name=f"bottom_up{coarse}")(inputs, train)
+    return up
+
+  def _attend(self, scales_BSF: Array) -> Array:
+    """Mean of the scales, weighted by each one's product with a learned query; equal at init."""
+    width = scales_BSF.shape[-1]
+    query_F = self.param("scale_query", nn.initializers.zeros, (width,))
+    keys_BSF = nn.LayerNorm(use_scale=False, use_bias=False)(scales_BSF)
+    logits_BS = jnp.einsum("BSF,F->BS", keys_BSF, query_F) * width**-0.5
+    weights_BS = jax.nn.softmax(logits_BS)
+    self.sow("intermediates", "scale_attention", weights_BS)
+    return jnp.einsum("BS,BSF->BF", weights_BS, scales_BSF)
+
+
+class Node(nn.Module):
+  """relu(conv(sum_i w_i x_i)), w = relu(v) / (eps + sum relu(v)), of maps of one shape."""
+
+  conv: str
+  dtype: Any
+  eps: float = 1e-4
+
+  @nn.compact
+  def __call__(self, inputs: list[Array], train: bool) -> Array:
+    v = nn.relu(self.param("weights", nn.initializers.ones, (len(inputs),)))
+    w = v / (self.eps + jnp.sum(v))
+    self.sow("intermediates", "weights", w)
+    w = w.astype(self.dtype)
+    x_BHWF = sum(w[i] * x_BHWF for i, x_BHWF in enumerate(inputs))
+    if self.conv != "none":
+      width = x_BHWF.shape[-1]
+      kernel, groups = (1, 1) if self.conv == "pointwise" else (3, width)
+      x_BHWF = conv(width, kernel, dtype=self.dtype, groups=groups)(x_BHWF)
+      x_BHWF = batch_norm(train, dtype=self.dtype)(x_BHWF)
+    return nn.relu(x_BHWF)

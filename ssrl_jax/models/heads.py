@@ -1,0 +1,54 @@
+"""The MLP behind every projector and predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ssrl_jax.method import Array
+from ssrl_jax.models.resnet import batch_norm
+
+
+class MLP(nn.Module):
+  """Dense - BatchNorm - activation, layers - 1 times, then Dense and, by option, BatchNorm.
+
+  [..., D] -> float32 [..., out]; BatchNorm's statistics run over all leading axes. A Dense followed
+  by a BatchNorm has no bias, the offset being the BatchNorm's. The last BatchNorm has neither scale
+  nor offset. Shapes at ImageNet size, from each paper's official code:
+
+    SimCLR         MLP(2048, 128)  (official: the last BatchNorm has a scale)
+    MoCo v2        MLP(2048, 128, norm=False, final_norm=False, final_bias=True)
+    MoCo v3        projector MLP(4096, 256, layers=3), predictor MLP(4096, 256)
+    BYOL           projector and predictor MLP(4096, 256, final_norm=False)
+    SimSiam        projector MLP(2048, 2048, layers=3),
+                   predictor MLP(512, 2048, final_norm=False, final_bias=True)
+    SwAV           MLP(2048, 128, final_norm=False, final_bias=True)
+    Barlow, VICReg MLP(8192, 8192, layers=3, final_norm=False)
+  """
+
+  hidden: int
+  out: int
+  layers: int = 2  # Dense layers in all
+  norm: bool = True  # BatchNorm after the hidden layers; without it they have a bias
+  final_norm: bool = True
+  final_bias: bool = False
+  activation: Callable[[Array], Array] = nn.relu
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    if self.layers < 1:
+      raise ValueError(f"layers {self.layers}: an MLP has at least 1")
+    x = x.astype(self.dtype)
+    for _ in range(self.layers - 1):
+      x = nn.Dense(self.hidden, use_bias=not self.norm, dtype=self.dtype)(x)
+      if self.norm:
+        x = batch_norm(train, dtype=self.dtype)(x)
+      x = self.activation(x)
+    x = nn.Dense(self.out, use_bias=self.final_bias, dtype=self.dtype)(x)
+    if self.final_norm:
+      x = batch_norm(train, dtype=self.dtype, use_scale=False, use_bias=False)(x)
+    return x.astype(jnp.float32)

@@ -1,0 +1,213 @@
+"""Vision transformer (Dosovitskiy et al. 2021), pre-norm, as in timm and DINO.
+
+Counts equal timm's with learned positions and no registers. Tokens are in the order class,
+registers, patches (row by row): the patches are always the last h * w of the N tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssrl_jax.method import Array, Features
+
+# size -> dim, layers, heads. nano is ours, for CPU recipes.
+SIZES = {
+  "nano": (96, 6, 3),
+  "ti": (192, 12, 3),
+  "s": (384, 12, 6),
+  "b": (768, 12, 12),
+  "l": (1024, 24, 16),
+}
+POSITIONS = ("learned", "sincos")
+POOLS = ("class", "mean")
+# timm's and DINO's truncated normal cuts at +-2, that is at 100 standard deviations.
+NORMAL = nn.initializers.normal(0.02)
+
+
+def make_vit(
+  *,
+  size: str,
+  patch: int = 16,
+  registers: int = 0,
+  position: str = "learned",
+  drop_path: float = 0.0,
+  pool: str = "class",
+  dtype: str = "float32",
+) -> ViT:
+  """The ViT of a size in `SIZES`. `dtype` is the computation's; parameters are float32."""
+  dim, layers, heads = SIZES[size]
+  return ViT(dim, layers, heads, patch, registers, position, drop_path, pool, jnp.dtype(dtype))
+
+
+class ViT(nn.Module):
+  """Images [B, H, W, 3] -> Features: pooled [B, dim], four maps, attention of the last block.
+
+  All layers of a ViT have one stride. So that detection, segmentation and fusion meet the pyramid
+  they know from a ResNet, the layers at 1/4, 2/4, 3/4 and 4/4 of the depth, each through the final
+  LayerNorm (as DINOv2's get_intermediate_layers), are resized without parameters to the strides
+  patch/4, patch/2, patch and 2*patch (ViTDet, Li et al. 2022, makes the same strides). A stride
+  that is no whole number is left out. Where the maps are not used, jit drops them.
+
+  Learned positions belong to the grid of the image seen by init; other grids get them resized
+  (bicubic, as DINO). `drop_path` > 0 needs rngs={"dropout": key} in training.
+  """
+
+  dim: int
+  layers: int
+  heads: int
+  patch: int = 16  # pixels
+  registers: int = 0  # extra tokens without a position (Darcet et al. 2024)
+  position: str = "learned"  # or "sincos", fixed
+  drop_path: float = 0.0  # probability at the last block, linear from 0 at the first
+  pool: str = "class"  # pooled: the class token, or the "mean" of the patches; after the LayerNorm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images_BHWC: Array, train: bool) -> Features:
+    self._check(images_BHWC.shape)
+    x_BhwD = nn.Conv(
+      self.dim,
+      (self.patch,) * 2,
+      (self.patch,) * 2,
+      padding="VALID",
+      dtype=self.dtype,
+      name="patches",
+    )(images_BHWC.astype(self.dtype))
+    B, h, w, D = x_BhwD.shape
+    x_BhwD += self._positions(h, w).astype(self.dtype)
+    x_BND = jnp.concatenate([self._prefix(B), x_BhwD.reshape(B, h * w, D)], axis=1)
+    outputs = []
+    for i in range(self.layers):
+      rate = self.drop_path * i / max(1, self.layers - 1)
+      block = Block(self.heads, rate, self.dtype, name=f"block{i + 1}")
+      x_BND, attention_BANN = block(x_BND, train)
+      outputs.append(x_BND)
+    norm = nn.LayerNorm(dtype=self.dtype, name="norm")
+    levels = [norm(outputs[-(-self.layers * k // 4) - 1]) for k in (1, 2, 3, 4)]
+    maps = pyramid([x_BND[:, -h * w :].reshape(B, h, w, D) for x_BND in levels], self.patch)
+    last_BND = levels[-1].astype(jnp.float32)
+    pooled_BD = last_BND[:, 0] if self.pool == "class" else jnp.mean(last_BND[:, -h * w :], axis=1)
+    return Features(pooled_BD, maps, attention_BANN)
+
+  def _check(self, shape: tuple[int, ...]) -> None:
+    for name, value, valid in (("position", self.position, POSITIONS), ("pool", self.pool, POOLS)):
+      if value not in valid:
+        raise ValueError(f"{name} {value!r}: expected one of {valid}")
+    for side in shape[1:3]:
+      if side % self.patch or not side:
+        low = max(self.patch, side // self.patch * self.patch)
+        near = sorted({low, (side // self.patch + 1) * self.patch})
+        raise ValueError(
+          f"image of {shape[1]} x {shape[2]} pixels: {side} is not divisible by patch "
+          f"{self.patch}; nearest: {' or '.join(map(str, near))}"
+        )
+
+  def _positions(self, h: int, w: int) -> Array:
+    """[1, h, w, D]."""
+    if self.position == "sincos":
+      return jnp.asarray(sincos(h, w, self.dim))[None]
+    grid = (h, w)
+    if self.has_variable("params", "position"):
+      grid = self.get_variable("params", "position").shape[:2]
+    position_hwD = self.param("position", NORMAL, (*grid, self.dim))
+    if grid != (h, w):
+      position_hwD = jax.image.resize(position_hwD, (h, w, self.dim), "bicubic")
+    return position_hwD[None]
+
+  def _prefix(self, B: int) -> Array:
+    """The tokens before the patches, [B, 1 + registers, D]."""
+    token_D = self.param("class_token", NORMAL, (self.dim,))
+    if self.position == "learned":
+      # One parameter too many, the token could carry it: kept so that timm's weights fit.
+      token_D += self.param("class_position", NORMAL, (self.dim,))
+    prefix_ND = token_D[None]
+    if self.registers:
+      registers_ND = self.param("registers", NORMAL, (self.registers, self.dim))
+      prefix_ND = jnp.concatenate([prefix_ND, registers_ND])
+    return jnp.broadcast_to(prefix_ND[None].astype(self.dtype), (B, *prefix_ND.shape))
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)); and the attention, float32 [B, A, N, N]."""
+
+  heads: int
+  drop_path: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BND: Array, train: bool) -> tuple[Array, Array]:
+    # One draw for an example drops its whole residual.
+    drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
+    y_BND = nn.LayerNorm(dtype=self.dtype, name="norm1")(x_BND)
+    y_BND, attention_BANN = SelfAttention(self.heads, self.dtype, name="attention")(y_BND)
+    x_BND += drop(y_BND)
+    y_BND = nn.LayerNorm(dtype=self.dtype, name="norm2")(x_BND)
+    y_BNM = nn.Dense(4 * x_BND.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="mlp_in")(
+      y_BND
+    )
+    y_BNM = nn.gelu(y_BNM, approximate=False)
+    y_BND = nn.Dense(x_BND.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="mlp_out")(y_BNM)
+    return x_BND + drop(y_BND), attention_BANN
+
+
+class SelfAttention(nn.Module):
+  """Scaled dot-product attention; the softmax in float32. d is a head's width, D / A."""
+
+  heads: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BND: Array) -> tuple[Array, Array]:
+    B, N, D = x_BND.shape
+    qkv_BNM = nn.Dense(3 * D, kernel_init=NORMAL, dtype=self.dtype, name="qkv")(x_BND)
+    qkv_BN3Ad = qkv_BNM.reshape(B, N, 3, self.heads, D // self.heads)
+    q_BNAd, k_BNAd, v_BNAd = (qkv_BN3Ad[:, :, i] for i in range(3))
+    q_BNAd *= (D // self.heads) ** -0.5
+    logits_BANN = jnp.einsum("BQAd,BKAd->BAQK", q_BNAd, k_BNAd, preferred_element_type=jnp.float32)
+    attention_BANN = jax.nn.softmax(logits_BANN)
+    x_BNAd = jnp.einsum("BAQK,BKAd->BQAd", attention_BANN.astype(self.dtype), v_BNAd)
+    x_BND = nn.Dense(D, kernel_init=NORMAL, dtype=self.dtype, name="out")(x_BNAd.reshape(B, N, D))
+    return x_BND, attention_BANN
+
+
+def sincos(h: int, w: int, dim: int) -> np.ndarray:
+  """Fixed 2-D positions, float32 [h, w, dim]: sin and cos of the column, then of the row.
+
+  Chen et al. 2021 (MoCo v3), the order of their and of MAE's code.
+  """
+  if dim % 4:
+    raise ValueError(f"dim {dim} is not divisible by 4, as sincos positions need")
+  frequency = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+  column, row = (np.outer(np.arange(n), frequency) for n in (w, h))
+  column, row = (np.concatenate([np.sin(x), np.cos(x)], axis=-1) for x in (column, row))
+  parts = column[None].repeat(h, axis=0), row[:, None].repeat(w, axis=1)
+  return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def pyramid(levels: list[Array], patch: int) -> dict[int, Array]:
+  """Four [B, h, w, D] of stride `patch` -> {patch/4, patch/2, patch, 2*patch: [B, ., ., D]}."""
+  maps = {
+    patch // factor: enlarge(x_BhwD, factor)
+    for x_BhwD, factor in zip(levels[:3], (4, 2, 1))
+    if patch % factor == 0
+  }
+  return maps | {2 * patch: shrink(levels[3], 2)}
+
+
+def enlarge(x_BHWC: Array, factor: int) -> Array:
+  """Nearest neighbour, [B, H, W, C] -> [B, factor*H, factor*W, C]."""
+  return x_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def shrink(x_BHWC: Array, factor: int) -> Array:
+  """Mean of factor x factor pixels, [B, ceil(H/factor), ceil(W/factor), C]; edges are repeated."""
+  B, H, W, C = x_BHWC.shape
+  h, w = -(-H // factor), -(-W // factor)
+  pad = ((0, 0), (0, h * factor - H), (0, w * factor - W), (0, 0))
+  x_BHWC = jnp.pad(x_BHWC, pad, mode="edge")
+  return x_BHWC.reshape(B, h, factor, w, factor, C).mean(axis=(2, 4))

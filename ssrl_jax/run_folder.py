@@ -1,0 +1,121 @@
+"""A run's folder: config.json, results.json, and the guard against mixing two runs in one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ssrl_jax.config import base_config, changed_keys
+from ssrl_jax.experiment import Experiment
+from ssrl_jax.metrics import read_metrics
+from ssrl_jax.state import TrainState, state_digest
+
+
+def open_run_folder(folder: Path, config: ConfigDict, *, allow_change: bool) -> None:
+  """Makes the folder and writes config.json; refuses one that holds another run.
+
+  Raises:
+    ValueError: the folder's config differs in keys that change the computation.
+  """
+  path = folder / "config.json"
+  if path.exists():
+    old = read_config(folder)
+    if old["method"]["name"] != config.method.name:
+      raise ValueError(
+        f"{folder} holds a run of method {old['method']['name']!r}, not {config.method.name!r}; "
+        "choose another --workdir"
+      )
+    changed = changed_keys(old, config)
+    if changed and not allow_change:
+      raise ValueError(
+        f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
+        "--workdir, or pass --allow_config_change to go on with the new one"
+      )
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, config.to_dict())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+  path = folder / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(f"{folder} is no run's folder: it has no config.json")
+  return json.loads(path.read_text())
+
+
+def load_config(folder: Path) -> ConfigDict:
+  """The config of a run, with the defaults of knobs that are newer than the run."""
+  saved = read_config(folder)
+  config = base_config(saved["method"]["name"])
+  config.update(ConfigDict(saved))
+  return config
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes the whole file or nothing."""
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(json.dumps(value, indent=2) + "\n")
+  os.replace(partial, path)
+
+
+def write_results(
+  folder: Path,
+  experiment: Experiment,
+  state: TrainState,
+  results: dict[str, dict[str, float]],
+  *,
+  command: str,
+  started: float,
+) -> None:
+  """results.json: every evaluation's figures and what they belong to."""
+  digest = state_digest(state)
+  if jax.process_index() != 0:
+    return
+  rates = [r["images_per_second"] for r in read_metrics(folder) if "images_per_second" in r]
+  write_json(
+    folder / "results.json",
+    {
+      "results": results,
+      "step": int(state.step),
+      "total_steps": experiment.total_steps,
+      "state_digest": digest,
+      "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+      "wall_seconds": time.time() - started,
+      "substituted": int(state.substituted),
+      "command": command,
+      "devices": hardware(),
+      "versions": versions(),
+      "config": experiment.config.to_dict(),
+    },
+  )
+
+
+def hardware() -> dict[str, Any]:
+  devices = jax.devices()
+  return {
+    "platform": devices[0].platform,
+    "kind": devices[0].device_kind,
+    "count": len(devices),
+    "processes": jax.process_count(),
+    "host": platform.machine(),
+    "host_cores": os.cpu_count(),
+  }
+
+
+def versions() -> dict[str, str]:
+  names = ("ssrl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+  found = {"python": platform.python_version()}
+  for name in names:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"
+  return found
