@@ -17,6 +17,9 @@ from ml_collections import ConfigDict
 
 from ssrl_jax.method import ViewSpec
 from ssrl_jax.methods import METHODS
+from ssrl_jax.models.fusion import FusionEncoder
+from ssrl_jax.models.resnet import make_resnet
+from ssrl_jax.models.vit import make_vit
 
 # Changing one of these between a run and its continuation cannot change what a step computes.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
@@ -31,10 +34,14 @@ def nearest(name: str, known: Iterable[str], what: str) -> str:
   return f"unknown {what} {name!r}; {hint}known: {', '.join(known)}"
 
 
-def keyword_defaults(f: Callable) -> dict[str, Any]:
-  """{name: default} of the keyword arguments of `f` that have one."""
+def keyword_defaults(f: Callable, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+  """{name: default} of the arguments of `f` that have one."""
   parameters = inspect.signature(f).parameters.values()
-  return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+  return {
+    p.name: p.default
+    for p in parameters
+    if p.default is not inspect.Parameter.empty and p.name not in leave_out
+  }
 
 
 def view_group(**changes: Any) -> ConfigDict:
@@ -60,11 +67,11 @@ def base_config(method: str) -> ConfigDict:
   c.encoder = ConfigDict()
   c.encoder.name = "resnet18"  # a key of models.ENCODERS
   c.encoder.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
-  c.encoder.resnet = ConfigDict({"width": 64, "stem": "imagenet", "zero_init": True})
-  c.encoder.vit = ConfigDict(
-    {"patch": 16, "registers": 0, "position": "sincos", "drop_path": 0.0, "pool": "cls"}
+  c.encoder.resnet = ConfigDict(keyword_defaults(make_resnet, leave_out=("dtype",)))
+  c.encoder.vit = ConfigDict(keyword_defaults(make_vit, leave_out=("dtype",)))
+  c.encoder.fusion = ConfigDict(
+    {"enabled": False, **keyword_defaults(FusionEncoder, leave_out=("dtype", "parent", "name"))}
   )
-  c.encoder.fusion = ConfigDict({"enabled": False, "width": 128, "pooled": "both"})
 
   c.data = ConfigDict()
   c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | tfds:NAME

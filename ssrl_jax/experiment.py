@@ -50,14 +50,12 @@ def view_specs(config: ConfigDict) -> tuple[ViewSpec, ...]:
 def open_split(config: ConfigDict, split: str) -> sources.Source:
   """The training ("train") or test ("test") pictures of a config's source."""
   data = config.data
-  limit = data.num_train if split == "train" else data.num_test
-  name = data.train if split == "train" else data.test
   return sources.open_source(
     data.source,
-    split=name,
+    split=data[split],
+    data_dir=data.data_dir or None,
     size=data.canvas,
-    data_dir=data.data_dir,
-    limit=limit,
+    num_examples=data.num_train if split == "train" else data.num_test,
     seed=data.seed_subset,
   )
 
@@ -154,6 +152,6 @@ def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     "extent": ((b, 2), np.int32),
     "label": ((b,), np.int32),
     "id": ((b, 2), np.uint32),
-    "substituted": ((b,), np.int32),
+    "substituted": ((b,), np.bool_),
   }
   return {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in shapes.items()}

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from ssrl_jax import parallel
 from ssrl_jax.dry_run import dry_run
-from ssrl_jax.evaluate.suite import evaluate_run, results_table
+from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import build, open_split
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.report import write_report
@@ -60,24 +60,25 @@ def run(argv: list[str]) -> int:
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
   open_run_folder(folder, config, allow_change=ALLOW_CHANGE.value)
   params = abstract_state(experiment).params
-  say(f"{config.method.name} with {config.encoder.name} on {source.describe()}")
+  say(f"{config.method.name} with {config.encoder.name} on {source!r}")
   say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
       f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
   say(describe_groups(params))
+  test = open_test(experiment, source)
   state, finished = train(experiment, source, folder, say=say)
   if not finished:
     say(f"stopped at step {int(state.step)}; the same command goes on from there")
     return 143
 
-  evaluation = evaluate_run(experiment, state, evals=config.evaluate.evals, say=say)
+  evaluated = evaluate_run(experiment, state, source, test, evals=config.evaluate.evals, say=say)
   write_results(
-    folder, experiment, state, evaluation.results,
+    folder, experiment, state, evaluated.results,
     command=shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]]), started=started,
   )  # fmt: skip
   if config.evaluate.report:
-    write_report(folder, figures=evaluation.figures)
+    write_report(folder, figures=collect(experiment, state, source, evaluated.evaluation))
     say(f"report: {folder / 'report.html'}")
-  say(results_table(evaluation.results))
+  say(results_table(evaluated.results))
   return 0
 
 

@@ -126,9 +126,10 @@ def _upright_rgb(im: Image.Image, canvas: int) -> Image.Image:
 
 def _orientation(im: Image.Image) -> int:
   try:
-    return im.getexif().get(_ORIENTATION, 1)
+    value = im.getexif().get(_ORIENTATION)
   except Exception:  # damaged EXIF does not make a damaged picture
     return 1
+  return value if value in _UPRIGHT else 1
 
 
 def _to_rgb(im: Image.Image) -> Image.Image:

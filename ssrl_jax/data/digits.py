@@ -15,9 +15,15 @@ SPLITS = ("train", "test")
 FIRST_TEST_DIGIT = 1287
 GRID = 100
 CELL = 10
-SIDE = (0.5, 0.85)
+SIDE = (0.45, 0.7)
+DARK = 0.5
+STROKES = 2
+FRAGMENTS = 1
+CHROMA = 0.6
+FINE = 0.08
+COARSE = 0.2
 ANGLE = 0.3
-NOISE = 0.06
+NOISE = 0.05
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -44,23 +50,24 @@ def _layers(seed, index, split, size):
   counter = np.array([0, index, 0, 0], np.uint64)
   rng = np.random.Generator(np.random.Philox(key=np.array([seed, SPLITS.index(split)], np.uint64), counter=counter))
   atlas, by_class = _atlas(split)
-  level, sign = _between(rng, 0.15, 0.85), 1 if rng.random() < 0.5 else -1
-  if not 0.35 < level < 0.65:
-    sign = 1 if level < 0.5 else -1
+  flip = rng.random() < DARK
+  level = _between(rng, 0.15, 0.4)
   clutter = _texture(rng, level, size)
-  for _ in range(3):
-    _blend(clutter, _stroke(rng, size), _colour(rng, level + _between(rng, -0.22, 0.22)))
-  for _ in range(2):
+  for _ in range(STROKES):
+    _blend(clutter, _stroke(rng, size), _colour(rng, level + _between(rng, -0.2, 0.2)))
+  for _ in range(FRAGMENTS):
     glyph = atlas[int(rng.random() * len(atlas))]
-    ink = _ink(rng, glyph, (0.35, 0.5), 3.14, size, half=True)
-    _blend(clutter, ink, _colour(rng, level + _between(rng, -0.22, 0.22)))
+    ink = _ink(rng, glyph, (0.3, 0.45), 3.14, size, half=True)
+    _blend(clutter, ink, _colour(rng, level + _between(rng, -0.2, 0.2)))
   label = int(rng.random() * NUM_CLASSES)
   members = by_class[label]
   glyph = atlas[members[int(rng.random() * len(members))]]
   ink = _ink(rng, glyph, SIDE, ANGLE, size)
   ink = np.where(ink < 0.1, 0, ink)
-  paint = _colour(rng, level + sign * _between(rng, 0.38, 0.55))
+  paint = _colour(rng, _between(rng, 0.75, 0.95))
   noise = NOISE * (rng.random((size, size, 3), dtype=np.float32) * 2 - 1)
+  if flip:
+    clutter, paint = 1 - clutter, 1 - paint
   return clutter, ink, paint, noise, label
 
 
@@ -70,7 +77,7 @@ def _between(rng, low, high):
 
 def _colour(rng, luminance):
   rgb = rng.random(3).astype(np.float32)
-  return np.clip(luminance + 0.7 * (rgb - LUMA @ rgb), 0, 1).astype(np.float32)
+  return np.clip(luminance + CHROMA * (rgb - LUMA @ rgb), 0, 1).astype(np.float32)
 
 
 def _blend(image, ink, colour):
@@ -98,10 +105,10 @@ def _texture(rng, level, size):
   gx, gy = 2 * rng.random(2) - 1
   slope = (x - 0.5) * gx + (y - 0.5) * gy
   w = rng.random(3)
-  field = (w[0] * stripes + w[1] * 1.5 * blobs + w[2] * 2 * slope) / w.sum()
-  a, b = _colour(rng, level - 0.12), _colour(rng, level + 0.12)
-  field = np.clip(0.5 + 0.5 * field, 0, 1).astype(np.float32)
-  return a + field[..., None] * (b - a)
+  field = COARSE * (w[0] * 1.5 * blobs + w[1] * 1.5 * slope) + FINE * w[2] * stripes
+  a, b = _colour(rng, level), _colour(rng, level)
+  mix = np.clip(0.5 + 2 * slope + blobs, 0, 1).astype(np.float32)
+  return (a + mix[..., None] * (b - a) + field[..., None]).astype(np.float32)
 
 
 def _stroke(rng, size):

@@ -1,0 +1,255 @@
+"""Order, batches, and this process's share of them.
+
+The order of training is a pure function of (seed, step). Grain decides it, on positions only:
+shuffled anew each epoch, cut to whole global batches, repeated, and sliced by process last. So the
+step is the whole data state, and neither the number of processes nor of workers changes which
+examples a step sees. What is read and decoded for a position happens after all that.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from ssrl_jax.data.decode import DamagedImage, decode
+from ssrl_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
+PADDING = -1  # the id of what fills the last batch of an evaluation
+
+
+class Batches(Iterator[Batch]):
+  """Host batches; names each damaged picture once, and `close()` ends threads and workers."""
+
+  def __init__(self, batches: grain.IterDataset, reader: _Reader):
+    self._batches, self._reader, self._open = iter(batches), reader, True
+    self._named: set[int] = set()
+
+  def __next__(self) -> Batch:
+    batch = next(self._batches)
+    # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
+    batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
+    for i in batch["id"][batch["substituted"]].tolist():
+      if i not in self._named:
+        self._named.add(i)
+        logging.warning("%s", self._reader.damage(i))
+    return batch
+
+  def close(self) -> None:
+    if self._open:
+      self._batches.close()
+      self._reader.close()
+    # Dropped now, since Grain's iterators complain when they are collected at exit.
+    self._batches, self._open = iter(()), False
+
+
+def train_batches(
+  source: Source,
+  *,
+  seed: int,
+  batch_size: int,
+  start_step: int,
+  canvas: int,
+  workers: int = 0,
+  threads: int = 1,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Endless batches of this process, the first being that of the update after `start_step`.
+
+  A picture that cannot be read is replaced, label included, by the next one of the source that
+  can; never left out, which would move everything behind it.
+
+  Args:
+    source: pictures by position.
+    seed: of the order, which differs in each epoch.
+    batch_size: of all processes together, B; this one gets b = B / process_count. Its j-th example
+      is the (j * process_count + process_index)-th of the global batch.
+    start_step: updates done, from the very first epoch on.
+    canvas: side S in pixels; see `decode`.
+    workers: reader processes; 0: read in this one, one batch ahead.
+    threads: that decode a batch, in each reader process.
+    process_index: which of `process_count` this is.
+    process_count: processes that share the global batch.
+
+  Returns:
+    An iterator of {"image": uint8 [b, S, S, 3], "extent": int32 [b, 2], "label": int32 [b],
+    "id": int64 [b], "substituted": bool [b]}; id is the drawn position in the source, also where
+    another picture had to stand in. Its next() raises ValueError for a label that the source
+    cannot have, and when MAX_DAMAGED pictures in a row cannot be read.
+  """
+  local_size = _local_size(batch_size, process_index, process_count)
+  _check_at_least(0, seed=seed, start_step=start_step, workers=workers)
+  if len(source) < batch_size:
+    raise ValueError(
+      f"{source!r} has {len(source)} examples, fewer than one batch of {batch_size}; lower "
+      f"batch_size to at most {len(source)}"
+    )
+  whole = len(source) // batch_size * batch_size
+  positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()[:whole].repeat(None)
+  positions = positions[process_index::process_count].batch(local_size, drop_remainder=True)
+  reader = _Reader(source, canvas, threads)
+  return Batches(_prefetched(positions.map(reader.train)[start_step:], workers), reader)
+
+
+def eval_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  canvas: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  limit: int | None = None,
+  workers: int = 0,
+  threads: int = 1,
+) -> Batches:
+  """All examples once, in the order of the source; the same number of batches in every process.
+
+  As `train_batches`, but process p has the p-th run of b consecutive examples of each global batch,
+  and batches have one key more, "weight" float32 [b]: 1 for a picture; 0 for one that cannot be
+  read (black, `substituted` set) and for what fills the last batch (black, id and label -1).
+
+  Args:
+    source: as for `train_batches`, and so is what is not named here.
+    limit: only this many examples, spread evenly over the source, which may be sorted by class.
+  """
+  local_size = _local_size(batch_size, process_index, process_count)
+  _check_at_least(0, workers=workers)
+  if limit is not None:
+    _check_at_least(1, limit=limit)
+  n = len(source)
+  count = min(n, limit or n)
+  num_batches = -(-count // batch_size)
+  positions = np.full(num_batches * batch_size, PADDING, np.int64)
+  positions[:count] = np.arange(count) * n // count
+  mine = positions.reshape(num_batches, process_count, local_size)[:, process_index]
+  reader = _Reader(source, canvas, threads)
+  batches = grain.MapDataset.range(num_batches).map(mine.__getitem__).map(reader.evaluate)
+  return Batches(_prefetched(batches, workers), reader)
+
+
+def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
+  _check_at_least(1, batch_size=batch_size, process_count=process_count)
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
+  if batch_size % process_count:
+    below, above = (batch_size // process_count + k for k in (0, 1))
+    nearest = f"{max(below, 1) * process_count} or {above * process_count}"
+    raise ValueError(
+      f"batch_size {batch_size} is not divisible by {process_count} processes; nearest: {nearest}"
+    )
+  return batch_size // process_count
+
+
+def _check_at_least(least: int, **values: int) -> None:
+  for name, value in values.items():
+    if value < least:
+      raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
+  """Reads ahead: batches are whole already, so more than a few would only cost memory."""
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  dataset = batches.to_iter_dataset(options)
+  if not workers:
+    return dataset
+  if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
+    flags.FLAGS.mark_as_parsed()
+  return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+class _Reader:
+  """Positions -> a batch. Goes to worker processes, where it starts threads of its own."""
+
+  def __init__(self, source: Source, canvas: int, threads: int):
+    _check_at_least(1, canvas=canvas, threads=threads)
+    self._source, self._canvas, self._threads = source, canvas, threads
+    self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+  def __getstate__(self):
+    return self.__dict__ | {"_pool": None}
+
+  def close(self) -> None:
+    if self._pool:
+      self._pool.shutdown(cancel_futures=True)
+
+  def train(self, ids: np.ndarray) -> Batch:
+    return self._batch(ids, self._put_substitute)
+
+  def evaluate(self, ids: np.ndarray) -> Batch:
+    batch = self._batch(ids, self._put_or_mark)
+    batch["weight"] = ((ids != PADDING) & ~batch["substituted"]).astype(np.float32)
+    return batch
+
+  def damage(self, i: int) -> str:
+    """Why example `i` is damaged: reads it again, for workers can only send arrays."""
+    try:
+      self._read(i)
+    except DamagedImage as e:
+      return f"example {i} of {self._source!r} is damaged: {e}"
+    return f"example {i} of {self._source!r} could not be read at first, and now can"
+
+  def _batch(self, ids, put) -> Batch:
+    n, side = len(ids), self._canvas
+    batch = {
+      "image": np.zeros((n, side, side, 3), np.uint8),
+      "extent": np.full((n, 2), side, np.int32),
+      "label": np.full(n, -1, np.int32),
+      "id": np.asarray(ids, np.int64),
+      "substituted": np.zeros(n, bool),
+    }
+    if self._threads == 1:
+      put(batch, range(n))
+      return batch
+    if self._pool is None:
+      self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
+    # A few runs of places for each thread: one by one would cost more than small pictures do.
+    runs = np.array_split(np.arange(n), min(n, 4 * self._threads))
+    for done in [self._pool.submit(put, batch, run.tolist()) for run in runs]:
+      done.result()
+    return batch
+
+  def _put_substitute(self, batch: Batch, places) -> None:
+    for j in places:
+      first = int(batch["id"][j])
+      for i in range(first, first + MAX_DAMAGED):
+        try:
+          self._put(batch, j, i % len(self._source))
+          break
+        except DamagedImage as e:
+          batch["substituted"][j], error = True, e
+      else:
+        raise ValueError(
+          f"{MAX_DAMAGED} examples in a row, from {first} on, of {self._source!r} cannot be read; "
+          f"repair the set; the last: {error}"
+        )
+
+  def _put_or_mark(self, batch: Batch, places) -> None:
+    for j in places:
+      i = int(batch["id"][j])
+      if i == PADDING:
+        continue
+      try:
+        self._put(batch, j, i)
+      except DamagedImage:
+        batch["substituted"][j] = True
+
+  def _put(self, batch: Batch, j: int, i: int) -> None:
+    batch["image"][j], batch["extent"][j], batch["label"][j] = self._read(i)
+
+  def _read(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
+    example = self._source[i]
+    label, classes = example["label"], self._source.num_classes
+    if label < -1 or (classes is not None and label >= classes):
+      raise ValueError(
+        f"example {i} of {self._source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
+        "for unknown; correct the source's labels or its num_classes"
+      )
+    image, extent = decode(example["image"], canvas=self._canvas)
+    return image, extent, label

@@ -1,0 +1,217 @@
+"""Linear probe: softmax regression on frozen features, the field's usual measure.
+
+A grid of learning rates and weight decays is trained at once, by vmap, on a part of the training
+pictures; the pair that is best on the held-out rest is trained again on all of them and sees the
+test pictures once. Features are standardised with the training pictures' mean and deviation, so one
+grid serves encoders of any scale (MAE's probe puts a BatchNorm without scale there, to that end).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssrl_jax.evaluate.features import Evaluation
+from ssrl_jax.evaluate.knn import TOP5_CLASSES, top_accuracy
+from ssrl_jax.method import Array
+
+Head = dict[str, Array]  # kernel float32 [D, K], bias [1, K]
+
+
+def run(
+  evaluation: Evaluation,
+  *,
+  learning_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+  weight_decays: Sequence[float] = (0.0, 1e-4, 1e-3, 1e-2),
+  epochs: int = 50,
+  batch_size: int = 256,
+  held_out: float = 0.1,
+  seed: int = 0,
+) -> dict[str, float]:
+  """Trains the probe on the training pictures and applies it to the test pictures.
+
+  Pictures without a label are left out. Learning rates are those at the start, for this batch size.
+
+  Returns:
+    linear/accuracy: percent of the test pictures, of the pair that the held-out pictures chose.
+    linear/top5: percent whose class is among the five likeliest; with 20 classes or more.
+    linear/held_out_accuracy: percent of the held-out training pictures, of that pair: a maximum
+      over the grid, so it flatters a little.
+    linear/learning_rate, linear/weight_decay: that pair.
+    linear/unlabelled: pictures of both sets that were left out.
+  """
+  _check_options(learning_rates, weight_decays, epochs, batch_size)
+  train, train_unlabelled = evaluation.labelled("train")
+  test, test_unlabelled = evaluation.labelled("test")
+  kept, held = split_held_out(train.labels, held_out, seed=seed)
+  pairs = list(itertools.product(learning_rates, weight_decays))
+  options = {"num_classes": evaluation.num_classes, "epochs": epochs, "seed": seed}
+
+  fit = functools.partial(fit_heads, batch_size=batch_size, **options)
+  part, rest = standardise(train.features[kept], train.features[held])
+  heads = fit(part, train.labels[kept], pairs)
+  best, accuracy = choose(heads, rest, train.labels[held])
+  learning_rate, weight_decay = pairs[best]
+  _warn_at_edge("learning_rates", learning_rate, learning_rates)
+  _warn_at_edge("weight_decays", weight_decay, weight_decays)
+
+  whole, unseen = standardise(train.features, test.features)
+  (head,) = unstack(fit(whole, train.labels, [pairs[best]]))
+  logits = np.asarray(apply(head, unseen))
+  figures = {"linear/accuracy": top_accuracy(logits, test.labels, 1)}
+  if evaluation.num_classes >= TOP5_CLASSES:
+    figures["linear/top5"] = top_accuracy(logits, test.labels, 5)
+  return figures | {
+    "linear/held_out_accuracy": accuracy,
+    "linear/learning_rate": learning_rate,
+    "linear/weight_decay": weight_decay,
+    "linear/unlabelled": float(train_unlabelled + test_unlabelled),
+  }
+
+
+def split_held_out(
+  label_N: np.ndarray, fraction: float, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Row numbers to train on and to hold out: the fraction of each class, rounded up.
+
+  A class keeps at least one row to train on.
+
+  Raises:
+    ValueError: nothing would be held out.
+  """
+  if not 0 < fraction < 1:
+    raise ValueError(f"held_out is {fraction}; it must be between 0 and 1, for example 0.1")
+  np_rng = np.random.default_rng(seed)
+  held = []
+  for label in np.unique(label_N):
+    rows = np_rng.permutation(np.flatnonzero(label_N == label))
+    held.append(rows[: min(int(np.ceil(fraction * len(rows))), len(rows) - 1)])
+  held = np.sort(np.concatenate(held))
+  if not len(held):
+    raise ValueError(
+      f"{len(label_N)} labelled training pictures, one for each class, leave none to choose the "
+      "learning rate by; give at least two pictures of one class"
+    )
+  return np.setdiff1d(np.arange(len(label_N)), held), held
+
+
+def standardise(train_ND: np.ndarray, other_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Both sets in units of the first one's mean and deviation; constant dimensions become 0."""
+  mean = np.mean(train_ND, axis=0, keepdims=True, dtype=np.float64)
+  std = np.std(train_ND, axis=0, keepdims=True, dtype=np.float64)
+  scale = np.where(std > 1e-6 * np.abs(mean) + 1e-12, 1 / np.maximum(std, 1e-12), 0)
+  mean, scale = mean.astype(np.float32), scale.astype(np.float32)
+  return (train_ND - mean) * scale, (other_MD - mean) * scale
+
+
+def fit_heads(
+  x_ND: np.ndarray,
+  label_N: np.ndarray,
+  pairs: Sequence[tuple[float, float]],
+  *,
+  num_classes: int,
+  epochs: int,
+  batch_size: int,
+  seed: int,
+) -> Head:
+  """One head for each (learning rate, weight decay), stacked: kernel [G, D, K], bias [G, 1, K].
+
+  All see the same batches: shuffled anew each epoch, the uneven rest of an epoch being left out
+  that time. SGD with Nesterov momentum 0.9, cosine to zero, weight decay on the kernel only.
+  """
+  batch_size = min(batch_size, len(label_N))
+  learning_rate_G, weight_decay_G = jnp.asarray(pairs, jnp.float32).T
+  return _fit(
+    jnp.asarray(x_ND), jnp.asarray(label_N), learning_rate_G, weight_decay_G, jax.random.key(seed),
+    num_classes=num_classes, epochs=epochs, batch_size=batch_size,
+  )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size"))
+def _fit(x_ND, label_N, learning_rate_G, weight_decay_G, key, *, num_classes, epochs, batch_size):
+  steps = x_ND.shape[0] // batch_size
+
+  def optimizer(learning_rate, weight_decay):
+    schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps)
+    decay = optax.add_decayed_weights(weight_decay, mask={"kernel": True, "bias": False})
+    return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+
+  def loss(head, x_BD, label_B):
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(apply(head, x_BD), label_B))
+
+  def update(head, opt_state, learning_rate, weight_decay, x_BD, label_B):
+    grads = jax.grad(loss)(head, x_BD, label_B)
+    updates, opt_state = optimizer(learning_rate, weight_decay).update(grads, opt_state, head)
+    return optax.apply_updates(head, updates), opt_state
+
+  def step(carry, row_B):
+    batch = (x_ND[row_B], label_N[row_B])
+    grid = jax.vmap(update, in_axes=(0, 0, 0, 0, None, None))
+    return grid(*carry, learning_rate_G, weight_decay_G, *batch), None
+
+  def epoch(carry, key):
+    rows = jax.random.permutation(key, x_ND.shape[0])[: steps * batch_size]
+    return jax.lax.scan(step, carry, rows.reshape(steps, batch_size))
+
+  g, d = len(learning_rate_G), x_ND.shape[1]
+  heads = {"kernel": jnp.zeros((g, d, num_classes)), "bias": jnp.zeros((g, 1, num_classes))}
+  opt_state = jax.vmap(lambda h, r, w: optimizer(r, w).init(h))(
+    heads, learning_rate_G, weight_decay_G
+  )
+  (heads, _), _ = jax.lax.scan(epoch, (heads, opt_state), jax.random.split(key, epochs))
+  return heads
+
+
+def apply(head: Head, x_BD: Array | np.ndarray) -> Array:
+  """Logits [B, K]."""
+  logits_BK = jnp.matmul(x_BD, head["kernel"], precision=jax.lax.Precision.HIGHEST)
+  return logits_BK + head["bias"]
+
+
+def unstack(heads: Head) -> list[Head]:
+  return [{k: v[i] for k, v in heads.items()} for i in range(len(heads["bias"]))]
+
+
+def choose(heads: Head, x_ND: np.ndarray, label_N: np.ndarray) -> tuple[int, float]:
+  """Index of the head with the best accuracy, of equals the lower loss; its accuracy in percent.
+
+  A head that diverged is never chosen.
+
+  Raises:
+    FloatingPointError: all diverged.
+  """
+  scores = []
+  for i, head in enumerate(unstack(heads)):
+    logits = apply(head, x_ND)
+    loss = float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label_N)))
+    if np.isfinite(loss):
+      scores.append((top_accuracy(np.asarray(logits), label_N, 1), -loss, i))
+  if not scores:
+    raise FloatingPointError("the linear probe diverged for every learning rate; add lower ones")
+  accuracy, _, best = max(scores)
+  return best, accuracy
+
+
+def _warn_at_edge(name: str, value: float, grid: Sequence[float]) -> None:
+  """Says when the grid may have cut off the best value; nothing lies below a decay of 0."""
+  if len(grid) > 1 and (value == max(grid) or value == min(grid) > 0):
+    logging.warning(
+      "linear probe: the best of %s %s is at its edge: %g; a wider grid may do better",
+      name, tuple(grid), value,
+    )  # fmt: skip
+
+
+def _check_options(learning_rates, weight_decays, epochs, batch_size) -> None:
+  if not learning_rates or min(learning_rates) <= 0:
+    raise ValueError(f"learning_rates is {learning_rates}; give one or more positive numbers")
+  if not weight_decays or min(weight_decays) < 0:
+    raise ValueError(f"weight_decays is {weight_decays}; give one or more numbers, none below 0")
+  if epochs < 1 or batch_size < 1:
+    raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; both must be at least 1")

@@ -1,0 +1,113 @@
+"""The evaluations of one run: of the trained encoder, and of the controls it must beat."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ssrl_jax.data.sources import Source, check_same_classes
+from ssrl_jax.evaluate import select
+from ssrl_jax.evaluate.features import Evaluation, raw_pixels
+from ssrl_jax.experiment import Experiment, create_state, open_split
+from ssrl_jax.state import TrainState
+
+Results = dict[str, dict[str, float]]  # {"trained": {"knn/accuracy": percent, ...}, ...}
+
+TITLES = {
+  "trained": "trained encoder",
+  "random_init": "same encoder, random initialisation",
+  "raw_pixels": "raw pixels",
+}
+
+
+class Evaluated(NamedTuple):
+  results: Results
+  evaluation: Evaluation | None  # of the trained encoder; None where nothing could be evaluated
+
+
+def open_test(experiment: Experiment, train: Source) -> Source | None:
+  """The test pictures, or None and a warning if this source has no labels or no test split.
+
+  Called before training, so that nobody waits for hours to read that there is nothing to measure.
+  """
+  config = experiment.config
+  if not select(config.evaluate.evals):
+    return None
+  if not experiment.num_classes:
+    logging.warning("%r has no labels: k-NN and linear evaluation will not be run", train)
+    return None
+  try:
+    test = open_split(config, "test")
+  except (ValueError, FileNotFoundError) as error:
+    logging.warning(
+      "no test pictures (%s): the encoder will be trained and not evaluated. Give a split with "
+      "--config.data.test, or silence this with --config.evaluate.evals=''", error,
+    )  # fmt: skip
+    return None
+  check_same_classes(train, test)
+  return test
+
+
+def evaluate_run(
+  experiment: Experiment,
+  state: TrainState,
+  train: Source,
+  test: Source | None,
+  *,
+  evals: str,
+  say: Callable[[str], None],
+) -> Evaluated:
+  """Runs `evals` ("knn,linear") on the trained encoder and, by config, on both controls."""
+  chosen = select(evals)
+  if test is None or not chosen:
+    return Evaluated({}, None)
+  config, method = experiment.config, experiment.method
+
+  def encode(weights, images):
+    return method.encode(*weights, images)
+
+  trained = Evaluation(
+    encode=encode,
+    state=(state.params, state.method_state),
+    train=train,
+    test=test,
+    num_classes=experiment.num_classes,
+    mesh=experiment.mesh,
+    canvas=config.data.canvas,
+    size=config.evaluate.size,
+    crop=config.evaluate.crop,
+    mean=config.data.mean,
+    std=config.data.std,
+    batch_size=config.evaluate.batch_size,
+  )
+  encoders = {"trained": trained}
+  if config.evaluate.controls:
+    untrained = create_state(experiment)
+    encoders["random_init"] = trained.with_encoder(
+      encode, (untrained.params, untrained.method_state)
+    )
+    encoders["raw_pixels"] = trained.with_encoder(raw_pixels, ())
+  results: Results = {}
+  for name, evaluation in encoders.items():
+    start, figures = time.perf_counter(), {}
+    for key, run in chosen.items():
+      figures |= run(evaluation, **config.evaluate[key])
+    results[name] = figures
+    say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
+  return Evaluated(results, trained)
+
+
+def results_table(results: Results) -> str:
+  """The accuracies as a text table, a row for each encoder."""
+  columns = {"knn/accuracy": "k-NN %", "linear/accuracy": "linear %"}
+  columns = {k: t for k, t in columns.items() if any(k in row for row in results.values())}
+  if not columns:
+    return "no evaluation was run"
+  width = max(len(t) for t in TITLES.values())
+  lines = ["".join([" " * width, *(f"{title:>12}" for title in columns.values())])]
+  for name, row in results.items():
+    cells = [f"{row[key]:12.1f}" if key in row else f"{'not run':>12}" for key in columns]
+    lines.append(f"{TITLES[name]:<{width}}" + "".join(cells))
+  return "\n".join(lines)

@@ -1,0 +1,236 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssrl_jax.models import vit
+from ssrl_jax.models.vit import ViT, enlarge, make_vit, shrink, sincos
+
+TINY = {"dim": 8, "layers": 3, "heads": 2, "patch": 4}
+
+
+def init(model, shape, train=False):
+  return jax.jit(model.init, static_argnums=2)(jax.random.key(0), jnp.zeros(shape), train)
+
+
+def randomise(tree, seed=0):
+  leaves, treedef = jax.tree.flatten(tree)
+  np_rng = np.random.default_rng(seed)
+  noise = [np.asarray(x) + np_rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves]
+  return jax.tree.unflatten(treedef, noise)
+
+
+def apply(model, variables, images):
+  return jax.jit(lambda v, x: model.apply(v, x, False))(variables, images)
+
+
+# timm: vit_{tiny,small,base,large}_patch16_224.
+@pytest.mark.parametrize(
+  ("size", "params"),
+  [("ti", 5_717_416), ("s", 22_050_664), ("b", 86_567_656), ("l", 304_326_632)],
+)
+def test_params_with_1000_classes_equal_timm(size, params):
+  model = make_vit(size=size)
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), images)
+  assert sum(p.size for p in jax.tree.leaves(variables)) + 1001 * model.dim == params
+  # optim.decay_mask spares what has one axis: biases, norms, class token.
+  for path, p in jax.tree.leaves_with_path(variables):
+    spared = path[-1].key in ("bias", "scale", "class_token", "class_position")
+    assert (p.ndim == 1) == spared, path
+
+
+def layer_norm64(x, p):
+  x = x - x.mean(-1, keepdims=True)
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+
+def dense64(x, p):
+  return x @ p["kernel"] + p["bias"]
+
+
+def block64(x, p, heads):
+  """One token, one head at a time."""
+  N, D = x.shape
+  d = D // heads
+  qkv = dense64(layer_norm64(x, p["norm1"]), p["attention"]["qkv"])
+  mixed, attention = np.zeros((N, D)), np.zeros((heads, N, N))
+  for a in range(heads):
+    q, k, v = (qkv[:, part * D + a * d : part * D + (a + 1) * d] for part in range(3))
+    for n in range(N):
+      weights = np.exp(q[n] @ k.T / math.sqrt(d))
+      attention[a, n] = weights / weights.sum()
+      mixed[n, a * d : (a + 1) * d] = attention[a, n] @ v
+  x = x + dense64(mixed, p["attention"]["out"])
+  y = dense64(layer_norm64(x, p["norm2"]), p["mlp_in"])
+  y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+  return x + dense64(y, p["mlp_out"]), attention
+
+
+def vit64(image, params, model):
+  """Final-norm output of every layer [N, D], and the last attention, of one image."""
+  h, w = image.shape[0] // 4, image.shape[1] // 4
+  kernel, bias = params["patches"]["kernel"], params["patches"]["bias"]
+  tokens = []
+  for i in range(h):
+    for j in range(w):
+      patch = image[4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+      position = params["position"] if model.position == "learned" else sincos(h, w, model.dim)
+      tokens.append(np.tensordot(patch, kernel, 3) + bias + position[i, j])
+  first = params["class_token"]
+  if model.position == "learned":
+    first = first + params["class_position"]
+  registers = list(params["registers"]) if model.registers else []
+  x = np.stack([first, *registers, *tokens])
+  outputs = []
+  for i in range(model.layers):
+    x, attention = block64(x, params[f"block{i + 1}"], model.heads)
+    outputs.append(layer_norm64(x, params["norm"]))
+  return outputs, attention
+
+
+@pytest.mark.parametrize(
+  "model",
+  [
+    ViT(**TINY, registers=2, pool="class"),
+    ViT(**TINY, position="sincos", pool="mean"),
+  ],
+  ids=["learned-registers-class", "sincos-mean"],
+)
+def test_forward_equals_numpy(model):
+  images = np.random.default_rng(1).normal(size=(2, 12, 8, 3)).astype(np.float32)
+  variables = randomise(init(model, images.shape))
+  features = apply(model, variables, images)
+  params = jax.tree.map(lambda p: np.asarray(p, np.float64), variables["params"])
+  close = {"rtol": 1e-4, "atol": 1e-4}
+  for b, image in enumerate(images):
+    outputs, attention = vit64(image, params, model)
+    np.testing.assert_allclose(features.attention[b], attention, **close)
+    last = outputs[-1]
+    pooled = last[0] if model.pool == "class" else last[-6:].mean(0)
+    np.testing.assert_allclose(features.pooled[b], pooled, **close)
+    # Depths ceil(3/4 k) = 1, 2, 3, 3; grid 3 x 2.
+    grids = [outputs[i][-6:].reshape(3, 2, 8) for i in (0, 1, 2, 2)]
+    np.testing.assert_allclose(features.maps[1][b], np.kron(grids[0], np.ones((4, 4, 1))), **close)
+    np.testing.assert_allclose(features.maps[2][b], np.kron(grids[1], np.ones((2, 2, 1))), **close)
+    np.testing.assert_allclose(features.maps[4][b], grids[2], **close)
+    coarse = np.stack([grids[3][:2].mean((0, 1)), grids[3][2:].mean((0, 1))])[:, None]
+    np.testing.assert_allclose(features.maps[8][b], coarse, **close)
+
+
+@pytest.mark.parametrize(
+  ("patch", "side", "rows"),
+  [
+    (16, 64, {4: 16, 8: 8, 16: 4, 32: 2}),
+    (14, 98, {7: 14, 14: 7, 28: 4}),
+    (2, 8, {1: 8, 2: 4, 4: 2}),
+    (1, 4, {1: 4, 2: 2}),
+  ],
+)
+def test_map_strides_and_shapes(patch, side, rows):
+  model = make_vit(size="nano", patch=patch, registers=3)
+  images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+  features, _ = jax.eval_shape(
+    lambda x: model.init_with_output(jax.random.key(0), x, False), images
+  )
+  assert {s: m.shape for s, m in features.maps.items()} == {
+    s: (2, n, n, 96) for s, n in rows.items()
+  }
+  num_tokens = 1 + 3 + (side // patch) ** 2
+  assert features.attention.shape == (2, 3, num_tokens, num_tokens)
+
+
+def test_unused_attention_and_maps_cost_nothing_under_jit():
+  model = ViT(**TINY)
+  images = jnp.zeros((2, 16, 16, 3))
+  variables = init(model, images.shape)
+
+  def cost(f):
+    return jax.jit(f).lower(variables, images).compile().cost_analysis()["flops"]
+
+  pooled = cost(lambda v, x: model.apply(v, x, False).pooled)
+  everything = cost(lambda v, x: model.apply(v, x, False))
+  assert pooled < everything
+
+
+def test_sincos_equals_formula():
+  table = sincos(3, 5, 8)
+  assert table.shape == (3, 5, 8)
+  for row in range(3):
+    for column in range(5):
+      angles = [(c, 10000 ** (-i / 2)) for c in (column, row) for i in range(2)]
+      x, y = angles[:2], angles[2:]
+      expected = [f(c * w) for part in (x, y) for f in (math.sin, math.cos) for c, w in part]
+      np.testing.assert_allclose(table[row, column], expected, rtol=1e-6, atol=1e-7)
+  with pytest.raises(ValueError, match="dim 6 is not divisible by 4"):
+    sincos(2, 2, 6)
+
+
+def test_learned_positions_follow_another_grid():
+  model = ViT(**TINY)
+  variables = randomise(init(model, (1, 16, 16, 3)))
+  variables["params"]["position"] = np.full((4, 4, 8), 0.7, np.float32)
+  other = {"params": {**variables["params"], "position": np.full((2, 6, 8), 0.7, np.float32)}}
+  images = np.random.default_rng(1).normal(size=(2, 8, 24, 3)).astype(np.float32)
+  resized, own = apply(model, variables, images), apply(model, other, images)
+  np.testing.assert_allclose(resized.pooled, own.pooled, rtol=1e-5, atol=1e-5)
+  # The resized grid keeps its orientation: a ramp along columns stays one along columns.
+  ramp = np.zeros((4, 4, 8), np.float32) + np.arange(4, dtype=np.float32)[None, :, None]
+  bound = model.bind({"params": {"position": ramp}})
+  position = np.asarray(bound._positions(2, 6))[0]
+  np.testing.assert_allclose(position[0], position[1], atol=1e-6)
+  assert (np.diff(position[0, :, 0]) > 0).all()
+
+
+@pytest.mark.parametrize(
+  ("shape", "message"),
+  [
+    ((34, 32), "34 is not divisible by patch 4; nearest: 32 or 36"),
+    ((32, 3), "3 is not divisible by patch 4; nearest: 4$"),
+  ],
+)
+def test_indivisible_image_names_nearest_sizes(shape, message):
+  with pytest.raises(ValueError, match=message):
+    ViT(**TINY).init(jax.random.key(0), jnp.zeros((1, *shape, 3)), False)
+
+
+@pytest.mark.parametrize(("field", "value"), [("position", "rope"), ("pool", "max")])
+def test_unknown_option_is_named(field, value):
+  with pytest.raises(ValueError, match=f"{field} '{value}'"):
+    ViT(**TINY, **{field: value}).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), False)
+
+
+def test_drop_path_drops_whole_residuals_and_only_in_training():
+  block = vit.Block(heads=2, drop_path=0.5, dtype=jnp.float32)
+  x = jax.random.normal(jax.random.key(1), (32, 3, 8))
+  variables = randomise(init(block, x.shape))
+  variables["params"]["mlp_out"] = jax.tree.map(np.zeros_like, variables["params"]["mlp_out"])
+  rngs = {"dropout": jax.random.key(2)}
+  train = jax.jit(lambda v, x: block.apply(v, x, True, rngs=rngs)[0])(variables, x)
+  evaluate = apply(block, variables, x)[0]
+  residual, kept = np.asarray(evaluate - x), np.asarray(train - x)
+  dropped = np.abs(kept).max((1, 2)) < 1e-5
+  assert 8 < dropped.sum() < 24
+  np.testing.assert_allclose(kept[~dropped], 2 * residual[~dropped], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_keeps_float32_parameters_attention_and_pooled():
+  models = [make_vit(size="nano", patch=8, dtype=dtype) for dtype in ("float32", "bfloat16")]
+  images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+  variables = init(models[1], images.shape)
+  exact, half = (apply(model, variables, images) for model in models)
+  assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  assert {m.dtype for m in half.maps.values()} == {jnp.dtype("bfloat16")}
+  assert half.pooled.dtype == half.attention.dtype == jnp.float32
+  np.testing.assert_allclose(half.attention.sum(-1), 1, rtol=1e-5)
+  error = np.linalg.norm(half.pooled - exact.pooled) / np.linalg.norm(exact.pooled)
+  assert 0 < error < 0.03
+
+
+def test_shrink_is_the_mean_of_the_pixels_that_exist_and_undoes_enlarge():
+  x = np.arange(15, dtype=np.float32).reshape(1, 3, 5, 1)
+  expected = [[3, 5, 6.5], [10.5, 12.5, 14]]
+  np.testing.assert_allclose(shrink(jnp.asarray(x), 2)[0, :, :, 0], expected)
+  np.testing.assert_array_equal(shrink(enlarge(jnp.asarray(x), 4), 4), x)

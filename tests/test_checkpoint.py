@@ -1,0 +1,200 @@
+"""Checkpoints: whole or not at all, checked byte for byte, the newest whole one wins."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ssrl_jax.checkpoint import CheckpointError, Checkpoints, abstract
+from ssrl_jax.state import TrainState, state_digest
+
+# Orbax leaves the readers of the other arrays unawaited when one array cannot be read.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning",
+  "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
+
+
+def make_state(step: int, *, num_devices: int = 1) -> TrainState:
+  rng = np.random.default_rng(step)
+  mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  return TrainState(
+    step=put(jnp.asarray(step, jnp.int32)),
+    params={
+      "kernel": put(rng.normal(size=(64, 32)).astype(np.float32), "data"),
+      "half": put(jnp.asarray(rng.normal(size=(8,)), jnp.bfloat16)),
+    },
+    method_state={"batch_stats": {}},
+    opt_state=(put(jnp.zeros((64, 32)), "data"),),
+    probe=(),
+    substituted=put(jnp.zeros((), jnp.int32)),
+    key=put(jax.random.key(step)),
+  )
+
+
+def saved(folder, steps, **options) -> Checkpoints:
+  checkpoints = Checkpoints(folder, **({"keep": 3, "keep_best": 0} | options))
+  for step in steps:
+    checkpoints.save(make_state(step), step=step, score=float(-step))
+  checkpoints.wait()
+  return checkpoints
+
+
+def array_files(folder, step):
+  files = (folder / "checkpoints" / str(step) / "state").rglob("*")
+  return sorted(
+    (f for f in files if f.is_file() and "/d/" in str(f)), key=lambda f: f.stat().st_size
+  )
+
+
+def test_restore_is_byte_equal(tmp_path):
+  restored = saved(tmp_path, [5]).restore(abstract(make_state(0)))
+  assert state_digest(restored) == state_digest(make_state(5))
+  assert restored.key.dtype == make_state(5).key.dtype
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_restore_onto_other_device_counts_is_byte_equal(tmp_path, num_devices):
+  target = abstract(make_state(0, num_devices=num_devices))
+  restored = saved(tmp_path, [5]).restore(target)
+  assert state_digest(restored) == state_digest(make_state(5))
+  assert restored.params["kernel"].sharding.num_devices == num_devices
+
+
+def test_restore_of_an_empty_folder_is_none(tmp_path):
+  assert saved(tmp_path, []).restore(abstract(make_state(0))) is None
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+  # The score falls with the step, so the best is the first.
+  assert saved(tmp_path, [1, 2, 3, 4, 5], keep=2, keep_best=1).steps() == [1, 4, 5]
+
+
+def flip_byte(folder):
+  file = array_files(folder, 3)[-1]
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(bytes(data))
+
+
+def truncate(folder):
+  file = array_files(folder, 3)[-1]
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def remove_arrays(folder):
+  array_files(folder, 3)[-1].unlink()
+
+
+def remove_metadata(folder):
+  (folder / "checkpoints" / "3" / "state" / "_METADATA").unlink()
+
+
+def remove_state(folder):
+  shutil.rmtree(folder / "checkpoints" / "3" / "state")
+
+
+def remove_meta(folder):
+  shutil.rmtree(folder / "checkpoints" / "3" / "meta")
+
+
+@pytest.mark.parametrize(
+  "damage", [flip_byte, truncate, remove_arrays, remove_metadata, remove_state, remove_meta]
+)
+def test_damaged_checkpoint_falls_back_to_the_older_one(tmp_path, caplog, damage):
+  saved(tmp_path, [2, 3]).close()
+  damage(tmp_path)
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0)
+  with caplog.at_level(logging.WARNING):
+    restored = checkpoints.restore(abstract(make_state(0)))
+  assert state_digest(restored) == state_digest(make_state(2))
+  assert "checkpoint of step 3 cannot be used" in caplog.text
+  assert "trying step 2" in caplog.text
+  assert (tmp_path / "damaged" / "3").is_dir()  # nothing is thrown away
+  checkpoints.save(make_state(3), step=3, score=0.0)  # and its place is free again
+  checkpoints.wait()
+  assert checkpoints.steps() == [2, 3]
+
+
+def test_flipped_byte_names_the_array(tmp_path, caplog):
+  saved(tmp_path, [2, 3]).close()
+  flip_byte(tmp_path)
+  Checkpoints(tmp_path, keep=3, keep_best=0).restore(abstract(make_state(0)))
+  assert "checksum of " in caplog.text
+  assert any(name in caplog.text for name in ("params/kernel", "params/half", "opt_state", "key"))
+
+
+def test_only_damaged_checkpoints_stop_the_run(tmp_path):
+  saved(tmp_path, [3]).close()
+  flip_byte(tmp_path)
+  with pytest.raises(CheckpointError, match="none of the checkpoints of steps"):
+    Checkpoints(tmp_path, keep=3, keep_best=0).restore(abstract(make_state(0)))
+
+
+def test_read_only_moves_nothing(tmp_path):
+  saved(tmp_path, [2, 3]).close()
+  flip_byte(tmp_path)
+  restored = Checkpoints(tmp_path, keep=1, keep_best=0, read_only=True).restore(
+    abstract(make_state(0))
+  )
+  assert int(restored.step) == 2
+  assert (tmp_path / "checkpoints" / "3").is_dir()
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_unfinished_checkpoint_is_ignored(tmp_path):
+  saved(tmp_path, [2]).close()
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+  assert int(Checkpoints(tmp_path, keep=3, keep_best=0).restore(abstract(make_state(0))).step) == 2
+
+
+def test_donated_state_is_saved_as_it_was(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0)
+  state = make_state(1)
+  expected = state_digest(state)
+  checkpoints.save(state, step=1, score=0.0)
+  wreck = jax.jit(lambda s: s._replace(params=jax.tree.map(lambda x: x * 0, s.params)),
+                  donate_argnums=0)  # fmt: skip
+  wreck(state)
+  checkpoints.wait()
+  assert state_digest(checkpoints.restore(abstract(make_state(0)))) == expected
+
+
+def test_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
+  """The disk is played by the process's limit on the size of a file."""
+  saved(tmp_path, [1]).close()
+  program = f"""
+    import resource, sys
+    sys.path.insert(0, {str(tmp_path)!r})
+    import numpy as np, jax
+    from ssrl_jax.checkpoint import Checkpoints, CheckpointError
+    from ssrl_jax.state import TrainState
+    big = np.random.default_rng(0).normal(size=(512, 512))
+    state = TrainState(*jax.tree.map(jax.numpy.asarray, (2, {{"w": big}}, {{}}, (), (), 0)),
+                       jax.random.key(0))
+    checkpoints = Checkpoints({str(tmp_path)!r}, keep=3, keep_best=0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    try:
+      checkpoints.save(state, step=2, score=0.0)
+      checkpoints.wait()
+    except CheckpointError as error:
+      print("caught:", error)
+  """
+  out = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+  )
+  assert "caught: could not save a checkpoint" in out.stdout, out.stderr
+  assert "The one of step 1 is safe" in out.stdout
+  assert int(Checkpoints(tmp_path, keep=3, keep_best=0).restore(abstract(make_state(0))).step) == 1

@@ -1,0 +1,326 @@
+"""The command as its users run it: trained, killed, resumed, misused."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMOKE = "--config=configs/smoke.py"
+
+
+def start(*arguments, module="ssrl_jax.main", **options) -> subprocess.Popen:
+  environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  return subprocess.Popen(
+    [sys.executable, "-m", module, *arguments],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
+
+
+def run(*arguments, **options) -> tuple[int, str, str]:
+  process = start(*arguments, **options)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def fails_with_one_line(*arguments, **options) -> str:
+  code, _, err = run(*arguments, **options)
+  assert code == 1, err
+  assert "Traceback" not in err
+  (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+  return line
+
+
+def records(folder) -> list[dict]:
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(folder) -> dict:
+  return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """An uninterrupted run of the smoke recipe: its folder and what it printed."""
+  folder = tmp_path_factory.mktemp("runs") / "finished"
+  code, out, err = run(SMOKE, f"--workdir={folder}")
+  assert code == 0, err
+  return folder, out, err
+
+
+def test_run_leaves_what_the_design_promises(finished):
+  folder, out, err = finished
+  assert "Traceback" not in err
+  assert {p.name for p in folder.iterdir()} >= {
+    "config.json", "metrics.jsonl", "results.json", "report.html", "checkpoints", "tensorboard"
+  }  # fmt: skip
+  record = results(folder)
+  assert re.fullmatch("[0-9a-f]{64}", record["state_digest"])
+  assert record["step"] == 8
+  for encoder in ("trained", "random_init", "raw_pixels"):
+    for figure in ("knn/accuracy", "linear/accuracy"):
+      assert 0 <= record["results"][encoder][figure] <= 100
+  assert "random initialisation" in out.splitlines()[-2]
+  assert "raw pixels" in out.splitlines()[-1]
+
+
+def test_log_lines_tell_rate_loss_probe_and_time_left(finished):
+  _, out, _ = finished
+  lines = [line for line in out.splitlines() if line.startswith("step ")]
+  assert len(lines) == 4
+  for line in lines:
+    for part in ("loss ", "probe ", "images/s", "data wait ", "MFU ", "ETA "):
+      assert part in line
+
+
+def test_tensorboard_events_hold_the_metrics(finished):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  folder, _, _ = finished
+  events = EventAccumulator(str(folder / "tensorboard"))
+  events.Reload()
+  logged = {r["step"]: r["loss"] for r in records(folder)}
+  board = {e.step: e.value for e in events.Scalars("loss")}
+  assert board.keys() == logged.keys()
+  np.testing.assert_allclose([board[s] for s in logged], list(logged.values()), rtol=1e-6)
+
+
+def test_finished_run_is_not_trained_again(finished):
+  folder, _, _ = finished
+  before = results(folder)["state_digest"], records(folder)
+  code, out, _ = run(SMOKE, f"--workdir={folder}")
+  assert code == 0
+  assert "resuming at step 8" in out
+  assert (results(folder)["state_digest"], records(folder)) == before
+
+
+def test_evaluate_gives_the_run_s_own_figures(finished):
+  folder, _, _ = finished
+  code, out, err = run(f"--workdir={folder}", "--evals=knn", module="ssrl_jax.evaluate")
+  assert code == 0, err
+  again = json.loads((folder / "evaluation.json").read_text())
+  assert again["state_digest"] == results(folder)["state_digest"]
+  assert (
+    again["results"]["trained"]["knn/accuracy"]
+    == (results(folder)["results"]["trained"]["knn/accuracy"])
+  )
+  assert "linear" not in out
+
+
+def deterministic(record: dict) -> dict:
+  timing = ("images_per_second", "data_wait_percent", "mfu_percent")
+  return {k: v for k, v in record.items() if k not in timing}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fusion", "simclr"])
+def test_killed_run_resumes_to_the_same_bytes(method, tmp_path):
+  """SIGKILL at three moments, the last of them likely during a save; then to the end."""
+  arguments = [f"{SMOKE}:{method}", "--config.steps=40", "--config.checkpoint.every_steps=3",
+               "--config.evaluate.evals=", "--config.evaluate.report=False"]  # fmt: skip
+  code, _, err = run(*arguments, f"--workdir={tmp_path / 'whole'}")
+  assert code == 0, err
+  killed = tmp_path / "killed"
+  for wanted in (7, 16, 30):
+    process = start(*arguments, f"--workdir={killed}")
+    for line in process.stdout:
+      match = re.match(r"step +(\d+)/", line)
+      if match and int(match[1]) >= wanted:
+        break
+    time.sleep(0.05 * (wanted % 3))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with (killed / "metrics.jsonl").open("a") as f:
+      f.write('{"step": 39, "lo')  # a line that the kill cut short
+  code, out, err = run(*arguments, f"--workdir={killed}")
+  assert code == 0, err
+  assert re.search(r"resuming at step [1-9]", out)
+  assert results(killed)["state_digest"] == results(tmp_path / "whole")["state_digest"]
+  assert [deterministic(r) for r in records(killed)] == [
+    deterministic(r) for r in records(tmp_path / "whole")
+  ]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+  arguments = [SMOKE, "--config.steps=100000", "--config.checkpoint.every_steps=100000",
+               "--config.epochs=1", f"--workdir={tmp_path}"]  # fmt: skip
+  process = start(*arguments)
+  for line in process.stdout:
+    if line.startswith("step "):
+      break
+  process.terminate()
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 143, err
+  step = int(re.search(r"stopped at step (\d+); the same command goes on", out)[1])
+  assert (tmp_path / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([SMOKE, "--config.optim.learning_rte=1"], "learning_rate"),
+    ([SMOKE, "--config.batch_size=many"], "many"),
+    ([SMOKE + ":simclear"], "did you mean 'simclr'"),
+    ([SMOKE, "--config.method.name=byl"], "unknown method"),
+    ([SMOKE, "--config.encoder.name=resnet19"], "resnet18"),
+    ([SMOKE, "--config.data.source=digit_scene"], "digit_scenes"),
+    ([SMOKE, "--config.data.source=folder:/nowhere/at/all"], "/nowhere/at/all"),
+    ([SMOKE, "--config.data.source=tfds:cifar10", "--config.data.data_dir=/nowhere"],
+     "prepare_tfds"),
+    ([SMOKE, "--config.batch_size=4096"], "lower batch_size"),
+    ([SMOKE, "--config.optim.name=adamww"], "adamw"),
+    ([SMOKE, "--config.evaluate.evals=knm"], "did you mean 'knn'"),
+    ([SMOKE, "--config.views.global.count=0"], "global views"),
+    ([SMOKE, "--config.encoder.name=vit_nano", "--config.encoder.vit.patch=7"], "patch"),
+    (["--config=configs/nothing.py"], "configs/nothing.py"),
+    ([], "--config"),
+  ],
+)  # fmt: skip
+def test_bad_arguments_give_one_line_with_the_fix(arguments, message, tmp_path):
+  assert message in fails_with_one_line(*arguments, f"--workdir={tmp_path / 'run'}")
+  assert not (tmp_path / "run").exists()
+
+
+def test_empty_folder_names_the_extensions(tmp_path):
+  (tmp_path / "pictures").mkdir()
+  line = fails_with_one_line(SMOKE, f"--config.data.source=folder:{tmp_path / 'pictures'}")
+  assert ".jpg" in line
+
+
+def test_batch_that_devices_cannot_share_names_the_nearest(tmp_path):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  code = "import sys; from ssrl_jax.main import cli; sys.exit(cli(sys.argv))"
+  done = subprocess.run(
+    [sys.executable, "-c", code, SMOKE, "--config.batch_size=20", f"--workdir={tmp_path}"],
+    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert "batch_size 20 is not divisible by 8 devices; nearest: 16 or 24" in done.stderr
+
+
+def test_changed_config_is_refused_with_its_keys(finished):
+  folder, _, _ = finished
+  line = fails_with_one_line(SMOKE, f"--workdir={folder}", "--config.optim.learning_rate=0.5")
+  assert "optim.learning_rate: 0.002 -> 0.5" in line
+  assert "--allow_config_change" in line
+
+
+def test_workdir_of_another_method_is_refused(finished):
+  folder, _, _ = finished
+  line = fails_with_one_line(SMOKE + ":simclr", f"--workdir={folder}")
+  assert "holds a run of method 'fusion', not 'simclr'" in line
+
+
+def test_harmless_change_goes_on(finished, tmp_path):
+  folder, _, _ = finished
+  copy = tmp_path / "copy"
+  subprocess.run(["cp", "-r", folder, copy], check=True)
+  code, out, err = run(
+    SMOKE, f"--workdir={copy}", "--config.steps=10", "--config.log.every_steps=1",
+    "--config.evaluate.evals=",
+  )  # fmt: skip
+  assert code == 0, err
+  assert "resuming at step 8" in out
+  assert [r["step"] for r in records(copy)] == [2, 4, 6, 8, 9, 10]
+
+
+def test_nan_stops_the_run_and_names_step_images_and_tensor(tmp_path):
+  line = fails_with_one_line(
+    SMOKE, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38",
+    "--config.checkpoint.every_steps=1",
+  )  # fmt: skip
+  assert re.search(r"step \d+: NaN or infinity, first in '[a-z/_0-9A-Z]+'", line)
+  record = json.loads((tmp_path / "non_finite.json").read_text())
+  assert len(record["ids"]) == 16
+  assert str(record["ids"][0]) in line
+  saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+  assert max(saved, default=0) < record["step"]
+
+
+def class_folders(path: pathlib.Path, *, train: int, test: int) -> None:
+  """Two classes of noise pictures of different colours and shapes, one file damaged."""
+  rng = np.random.default_rng(0)
+  for split, count in (("train", train), ("test", test)):
+    for label, name in enumerate(("dark", "light")):
+      folder = path / split / name
+      folder.mkdir(parents=True)
+      for i in range(count):
+        pixels = rng.integers(0, 128, (20 + i % 7, 24, 3)) + 127 * label
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+  (path / "train" / "dark" / "0.png").write_bytes(b"not a picture")
+
+
+def test_folder_of_pictures_trains_and_counts_the_damaged_one(tmp_path):
+  class_folders(tmp_path / "set", train=20, test=9)
+  code, _, err = run(
+    SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{tmp_path / 'set'}",
+    "--config.data.num_train=0", "--config.data.num_test=0", "--config.steps=5",
+  )  # fmt: skip
+  assert code == 0, err
+  assert "0.png" in err  # named once
+  assert (
+    results(tmp_path / "run")["substituted"] >= 2
+  )  # 5 steps of 16 are two epochs of 40 and more
+  assert results(tmp_path / "run")["results"]["raw_pixels"]["knn/accuracy"] == 100
+
+
+def test_unlabelled_folder_trains_and_says_that_nothing_is_measured(tmp_path):
+  class_folders(tmp_path / "set", train=20, test=1)
+  flat = tmp_path / "flat"
+  flat.mkdir()
+  for i, file in enumerate(sorted((tmp_path / "set" / "train").rglob("*.png"))[1:]):
+    file.rename(flat / f"{i}.png")
+  code, out, err = run(
+    SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{flat}",
+    "--config.data.num_train=0", "--config.steps=4",
+  )  # fmt: skip
+  assert code == 0, err
+  assert "has no labels" in err
+  assert "probe" not in out
+  assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_of_imagenet_tells_what_it_costs():
+  code, out, err = run("--config=configs/imagenet.py", "--dry_run", "--devices=8")
+  assert code == 0, err
+  for part in ("Total", "batch/image", "on each device [512, 352, 352, 3]", "memory a device",
+               "FLOPs", "device-hours"):  # fmt: skip
+    assert part in out
+
+
+def test_neither_tensorflow_nor_torch_is_needed(tmp_path):
+  """A run, its evaluation and its report with both packages made impossible to import."""
+  code = """
+import sys
+class Block:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in ("tensorflow", "torch", "torchvision", "keras"):
+      raise ImportError(f"{name} must not be imported")
+sys.meta_path.insert(0, Block())
+import importlib, pathlib
+for file in sorted(pathlib.Path("ssrl_jax").rglob("*.py")):
+  if file.stem not in ("__main__", "__init__"):
+    importlib.import_module(".".join(file.with_suffix("").parts))
+from ssrl_jax.main import cli
+sys.exit(cli(sys.argv))
+"""
+  environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", code, SMOKE, "--config.steps=2", f"--workdir={tmp_path}"],
+    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
