@@ -53,9 +53,9 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
   return sources.open_source(
     data.source,
     split=data[split],
-    data_dir=data.data_dir or None,
+    data_dir=data.data_dir,
     size=data.canvas,
-    num_examples=data.num_train if split == "train" else data.num_test,
+    limit=data.num_train if split == "train" else data.num_test,
     seed=data.seed_subset,
   )
 

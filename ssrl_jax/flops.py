@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak, FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets. The first entry counts
+# that a device's kind starts with: "TPU v5 lite" before "TPU v5", as a v5p calls itself.
 PEAK_FLOPS = {
   "NVIDIA H200": 989e12,
   "NVIDIA H100": 989e12,
   "NVIDIA A100": 312e12,
   "NVIDIA L4": 121e12,
   "Tesla V100": 125e12,
-  "TPU v3": 123e12,
+  "TPU v3": 61.5e12,  # a device is a core, half a chip
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
-  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
   "TPU v6 lite": 918e12,
 }
 

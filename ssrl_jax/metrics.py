@@ -22,7 +22,8 @@ def health(embeddings_BP: Array, targets_BP: Array | None) -> dict[str, Array]:
       dimensions, times sqrt(P): 1 when they fill the sphere evenly, 0 when all are the same.
     health/cosine: mean |cosine| between different images: 1 when all are parallel.
     health/rank: effective dimensions as the participation ratio (sum e)^2 / sum e^2 of the
-      covariance's eigenvalues e, in [1, P]; it needs two matrix products, no decomposition.
+      covariance's eigenvalues e, in [1, P], or 0 when nothing varies; it needs one matrix product,
+      no decomposition.
     health/target_distance: mean 2 - 2 cos to the target, in [0, 4]; only where there is one.
   """
   z_BP = normalise(embeddings_BP)
@@ -54,12 +55,12 @@ def first_non_finite(tree: Any) -> Array:
 def collapse(figures: dict[str, float], num_dimensions: int) -> str | None:
   """The name of the collapse that the health figures show, or None.
 
-  complete: every image has the same embedding. dimensional: fewer than 2 effective dimensions, or
-  fewer than 2 % of those there are, carry anything.
+  complete: every image has the same embedding, or its opposite. dimensional: fewer than 2 effective
+  dimensions, or fewer than 2 % of those there are, carry anything.
   """
   if figures["health/std"] < 0.05 or figures["health/cosine"] > 0.99:
     return (
-      "complete collapse: all images have nearly the same embedding (std "
+      "complete collapse: all embeddings are nearly the same or opposite (std "
       f"{figures['health/std']:.3f} of 1, mean |cosine| {figures['health/cosine']:.3f})"
     )
   if num_dimensions >= 8 and figures["health/rank"] < max(2.0, 0.02 * num_dimensions):

@@ -34,7 +34,7 @@ def make_mesh(num_devices: int = 0) -> Mesh:
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   n = mesh.size
   if batch_size < 1 or batch_size % n:
-    below, above = max(batch_size // n, 1) * n, (batch_size // n + 1) * n
+    below, above = max(batch_size // n, 1) * n, max(batch_size // n + 1, 1) * n
     nearest = f"{below} or {above}" if below != above else f"{above}"
     raise ValueError(f"batch_size {batch_size} is not divisible by {n} devices; nearest: {nearest}")
 

@@ -47,8 +47,9 @@ def checksums(state: Any) -> list[Array]:
     if x.dtype == jnp.bool_:
       x = x.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
-    place = jnp.arange(words.size, dtype=jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # Not flattened: an array that is cut along another axis than the first would be gathered.
+    place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
     mixed = (place ^ (place >> 16)) * np.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
     words = words + np.uint32(1)  # so that a run of zeros counts too

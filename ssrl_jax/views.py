@@ -182,7 +182,7 @@ def crop_box(
   aspect_T = jnp.exp(_between(u[TRIES : 2 * TRIES], np.log(aspect[0]), np.log(aspect[1])))
   width_T = jnp.round(jnp.sqrt(area_T * aspect_T))
   height_T = jnp.round(jnp.sqrt(area_T / aspect_T))
-  fits_T = (0 < width_T) & (width_T <= w) & (0 < height_T) & (height_T <= h)
+  fits_T = (width_T > 0) & (width_T <= w) & (height_T > 0) & (height_T <= h)
   first, any_fits = jnp.argmax(fits_T), jnp.any(fits_T)
 
   widest, highest = jnp.round(h * aspect[1]), jnp.round(w / aspect[0])

@@ -114,14 +114,16 @@ def _name(image: bytes | str | os.PathLike | Image.Image) -> str:
 
 def _upright_rgb(im: Image.Image, canvas: int) -> Image.Image:
   """Decodes, turns and shrinks. JPEG: at 1/2, 1/4 or 1/8, not below twice the final size."""
-  size = width, height = fit(*im.size, canvas)
-  im.draft(im.mode, (2 * width, 2 * height))
-  if _orientation(im) >= 5:  # a quarter turn; asked before loading, when Pillow turns TIFF itself
-    size = height, width
+  width, height = fit(*im.size, canvas)
+  drafted = im.draft(im.mode, (2 * width, 2 * height))
   im.load()
-  turn = _UPRIGHT.get(_orientation(im))
+  orientation = _orientation(im)  # after loading, in which Pillow turns TIFF itself
   rgb = _to_rgb(im)
-  return _resize(rgb.transpose(turn) if turn is not None else rgb, size)
+  if orientation in _UPRIGHT:
+    rgb = rgb.transpose(_UPRIGHT[orientation])
+  if not drafted:
+    return _resize(rgb, fit(*rgb.size, canvas))
+  return _resize(rgb, (height, width) if orientation >= 5 else (width, height))
 
 
 def _orientation(im: Image.Image) -> int:

@@ -7,6 +7,7 @@ pictures, `digit_scenes` the embedded set that needs no download.
 from __future__ import annotations
 
 import collections
+import functools
 import os
 from typing import Any, Protocol
 
@@ -144,14 +145,17 @@ class TfdsSource:
   """A split of a prepared TFDS set in ArrayRecord format, pictures still encoded."""
 
   def __init__(self, name: str, *, split: str, data_dir: str = ""):
+    import tensorflow_datasets as tfds
+
+    self._reopen = functools.partial(TfdsSource, name, split=split, data_dir=data_dir)
     builder = _prepared_builder(name, data_dir)
     split = find_split(split, tuple(builder.info.splits), where=f"tfds:{name}")
-    self._image, self._label = _feature_names(builder.info.features, name)
-    self._records = builder.as_data_source(
-      split=split, decoders=_decoders(self._image, self._label)
-    )
+    features = builder.info.features
+    self._image, self._label = _feature_names(features, name)
+    decoders = dict.fromkeys(_images(features), tfds.decode.SkipDecoding())
+    self._records = builder.as_data_source(split=split, decoders=decoders)
     self._name = f"{builder.info.full_name}, split={split!r}"
-    label = builder.info.features[self._label] if self._label else None
+    label = features[self._label] if self._label else None
     self.num_classes = getattr(label, "num_classes", None)
     names = label.names if self.num_classes and label.names else range(self.num_classes or 0)
     self.class_names = tuple(str(n) for n in names)
@@ -162,6 +166,9 @@ class TfdsSource:
   def __getitem__(self, i: int) -> dict[str, Any]:
     record = self._records[i]
     return {"image": record[self._image], "label": int(record[self._label]) if self._label else -1}
+
+  def __reduce__(self):
+    return self._reopen, ()  # TFDS' own objects pickle for some builders only
 
   def __repr__(self) -> str:
     return f"TfdsSource({self._name}, {_size(self)})"
@@ -248,11 +255,17 @@ def _unknown_tfds(name: str, tfds) -> str:
   return f"TensorFlow Datasets has no data set {base!r}{hint}"
 
 
+def _images(features: Any) -> list[str]:
+  import tensorflow_datasets as tfds
+
+  return [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+
+
 def _feature_names(features: Any, name: str) -> tuple[str, str | None]:
   """Names of the picture and, if there is one, of the label."""
   import tensorflow_datasets as tfds
 
-  images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+  images = _images(features)
   labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
   image = "image" if "image" in images else images[0] if len(images) == 1 else None
   label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
@@ -262,11 +275,3 @@ def _feature_names(features: Any, name: str) -> tuple[str, str | None]:
       f"it has pictures {images} and labels {labels} among the features {sorted(features)}"
     )
   return image, label
-
-
-def _decoders(image: str, label: str | None):
-  """Reads these features only, and the picture as the bytes that are stored."""
-  import tensorflow_datasets as tfds
-
-  wanted = {image: True} | ({label: True} if label else {})
-  return tfds.decode.PartialDecoding(wanted, decoders={image: tfds.decode.SkipDecoding()})

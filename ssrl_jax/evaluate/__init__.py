@@ -15,7 +15,7 @@ EVALS: dict[str, Callable[..., dict[str, float]]] = {"knn": knn.run, "linear": l
 
 
 def select(names: str) -> dict[str, Callable[..., dict[str, float]]]:
-  """"knn,linear" -> {name: run}, in that order; empty: none.
+  """ "knn,linear" -> {name: run}, in that order; empty: none.
 
   Raises:
     ValueError: an unknown name.

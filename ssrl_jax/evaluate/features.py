@@ -91,7 +91,7 @@ class Evaluation:
     source = self._source(split)
     images, extents = zip(*[decode(source[int(i)]["image"], canvas=self.canvas) for i in ids])
     batch = {"image": jnp.asarray(np.stack(images)), "extent": jnp.asarray(np.stack(extents))}
-    return np.asarray(denormalise(eval_view(batch, **self._view()), self.mean, self.std))
+    return np.asarray(_pictures(batch, **self._view()))
 
   def _source(self, split: str) -> Source:
     sources = {"train": self.train, "test": self.test}
@@ -138,6 +138,12 @@ def _extract_batch(state, batch, *, encode, mesh, size, crop, mean, std):
   pooled_BD = encode(state, images).pooled.astype(jnp.float32)
   out = (pooled_BD, batch["label"], batch["id"], batch["weight"])
   return jax.lax.with_sharding_constraint(out, parallel.replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "crop", "mean", "std"))
+def _pictures(batch, *, size, crop, mean, std):
+  views_BHWC = eval_view(batch, size=size, crop=crop, mean=mean, std=std)
+  return denormalise(views_BHWC, mean, std)
 
 
 def _fetch(out: tuple[Array, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

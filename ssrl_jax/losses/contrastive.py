@@ -28,7 +28,8 @@ def nt_xent(z1_BP: Array, z2_BP: Array, *, temperature: float) -> Array:
   logits_12_BB = z1_BP @ z2_BP.T / temperature
   logits_11_BB = jnp.where(itself_BB, -jnp.inf, z1_BP @ z1_BP.T / temperature)
   logits_22_BB = jnp.where(itself_BB, -jnp.inf, z2_BP @ z2_BP.T / temperature)
-  positive_B = jnp.sum(z1_BP * z2_BP, axis=-1) / temperature
+  # From the same product as the negatives: accelerators round it, and the loss must stay >= 0.
+  positive_B = jnp.sum(jnp.where(itself_BB, logits_12_BB, 0), axis=1)
   loss_1_B = jax.nn.logsumexp(jnp.concatenate([logits_12_BB, logits_11_BB], axis=1), axis=1)
   loss_2_B = jax.nn.logsumexp(jnp.concatenate([logits_12_BB.T, logits_22_BB], axis=1), axis=1)
   return (loss_1_B + loss_2_B) / 2 - positive_B

@@ -34,10 +34,11 @@ def coding_rate(z_BP: Array, *, eps: float) -> Array:
 def variance_covariance(z_BP: Array, *, covariance_weight: float = 1 / 25) -> Array:
   """VICReg's two regularisers of one branch: hinge on the standard deviation, off-diagonal squares.
 
-  Bardes et al. 2022, equations 1 to 4. As the official code: variance unbiased, 1e-4 inside the
-  root, the covariance term divided by P. The official loss halves the variance term (mean over the
-  two branches) but not the covariance term; with weights 25 and 1 that is `covariance_weight`
-  1/25 of this function averaged over branches, times 25, with the covariance doubled.
+  Bardes et al. 2022 (VICReg), equations 1 to 4. As the official code: variance unbiased, 1e-4
+  inside the root, the covariance term divided by P. Equation 6 sums both terms over the two
+  branches with weights 25 and 1: 25 times this function, summed over branches, at the default
+  1/25. The official code halves the variance term but not the covariance term: 25 times this
+  function, averaged over branches, with `covariance_weight` 2/25.
 
   Returns:
     mean_j max(0, 1 - sqrt(var_j + 1e-4)) + covariance_weight * sum_{i != j} cov_ij^2 / P
@@ -46,9 +47,8 @@ def variance_covariance(z_BP: Array, *, covariance_weight: float = 1 / 25) -> Ar
   b, p = z_BP.shape
   z_BP = z_BP - jnp.mean(z_BP, axis=0, keepdims=True)
   cov_PP = z_BP.T @ z_BP / (b - 1)
-  var_P = jnp.diagonal(cov_PP)
-  variance = jnp.mean(jax.nn.relu(1 - jnp.sqrt(var_P + 1e-4)))
-  covariance = (jnp.sum(cov_PP**2) - jnp.sum(var_P**2)) / p
+  variance = jnp.mean(jax.nn.relu(1 - jnp.sqrt(jnp.diagonal(cov_PP) + 1e-4)))
+  covariance = jnp.sum(jnp.where(jnp.eye(p, dtype=bool), 0, cov_PP) ** 2) / p
   return variance + covariance_weight * covariance
 
 

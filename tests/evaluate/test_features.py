@@ -1,13 +1,16 @@
+import dataclasses
+import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ssrl_jax import parallel
-from ssrl_jax.evaluate import EVALS, select
+from ssrl_jax.evaluate import EVALS, features, select
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
 from ssrl_jax.method import Features
 
@@ -114,12 +117,26 @@ def test_features_that_are_not_finite_are_an_error():
 
 
 def test_labels_beyond_the_classes_are_an_error():
-  source = Noise(5)
-  source.__class__ = type("Wrong", (Noise,), {
-    "__getitem__": lambda self, i: {"image": self.images[i], "label": 7}
-  })  # fmt: skip
-  with pytest.raises(ValueError, match="7"):
-    make(test=source).features("test")
+  evaluation = dataclasses.replace(make(), num_classes=2)  # the source has labels 0 to 2
+  with pytest.raises(ValueError, match="label 2, but there are 2 classes"):
+    evaluation.features("test")
+
+
+def test_ids_beyond_32_bits_survive(monkeypatch):
+  ids = 2**33 + np.arange(8)
+  batch = {
+    "image": np.zeros((8, SIZE, SIZE, 3), np.uint8),
+    "extent": np.full((8, 2), SIZE, np.int32),
+    "label": np.zeros(8, np.int32),
+    "id": ids,
+    "weight": np.ones(8, np.float32),
+  }
+
+  def batches(source, **options):
+    yield batch
+
+  monkeypatch.setattr(features, "eval_batches", batches)
+  np.testing.assert_array_equal(make(test=Noise(8)).features("test").ids, ids)
 
 
 def test_batch_size_that_devices_cannot_share_is_an_error():
@@ -167,6 +184,13 @@ def test_select_names_the_nearest_evaluation():
     select("kn")
 
 
+@pytest.fixture
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
 TWO_PROCESSES = """
 import sys
 import jax
@@ -184,12 +208,13 @@ np.savez(f"{folder}/{index}.npz", *rows)
 
 
 @pytest.mark.slow
-def test_features_on_two_processes_are_those_of_one(tmp_path, free_port, child_environment):
-  here = str(tmp_path.joinpath(__file__).parent)
+def test_features_on_two_processes_are_those_of_one(tmp_path, free_port):
+  here = str(Path(__file__).parent)
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   children = [
     subprocess.Popen(
       [sys.executable, "-c", TWO_PROCESSES, f"127.0.0.1:{free_port}", str(i), str(tmp_path), here],
-      env=child_environment,
+      env=environment,
     )
     for i in range(2)
   ]
@@ -200,19 +225,3 @@ def test_features_on_two_processes_are_those_of_one(tmp_path, free_port, child_e
       np.testing.assert_allclose(found["arr_0"], alone.features, atol=1e-2)
       np.testing.assert_array_equal(found["arr_1"], alone.labels)
       np.testing.assert_array_equal(found["arr_2"], alone.ids)
-
-
-@pytest.fixture
-def free_port():
-  import socket
-
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
-
-
-@pytest.fixture
-def child_environment():
-  import os
-
-  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

@@ -8,25 +8,27 @@ from ssrl_jax.models import resnet
 from ssrl_jax.models.resnet import Block, ResNet, make_resnet
 
 
-def init(model, shape):
-  return jax.jit(model.init, static_argnums=2)(jax.random.key(0), jnp.zeros(shape), True)
-
-
 def shapes(model, *, side, train=False):
   images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, True), images)
   return variables, jax.eval_shape(lambda v, x: model.apply(v, x, train), variables, images)
 
 
-def randomise(tree, seed=0):
-  """Variables away from their initial ones and zeros; variances stay positive."""
-  leaves, treedef = jax.tree.flatten(tree)
-  np_rng = np.random.default_rng(seed)
-  noise = [np.asarray(x) + np_rng.uniform(0.1, 0.5, x.shape).astype(np.float32) for x in leaves]
-  return jax.tree.unflatten(treedef, noise)
+def random_variables(model, images):
+  """Nothing at its initial one or zero; variances are positive. No compiled init: it is slow."""
+  np_rng = np.random.default_rng(0)
+  tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, True), images)
+  return jax.tree.map(
+    lambda p: (
+      np_rng.normal(0, np.prod(p.shape[:-1]) ** -0.5, p.shape)
+      if len(p.shape) > 1
+      else np_rng.uniform(0.5, 1.5, p.shape)
+    ).astype(np.float32),
+    tree,
+  )
 
 
-# Parameters and multiply-accumulates at 224 pixels: torchvision's weight entries (num_params, _ops).
+# Parameters and multiply-accumulates at 224 pixels, of torchvision's weights (num_params, _ops).
 TORCHVISION = [
   (18, 11_689_512, 1.814),
   (34, 21_797_672, 3.664),
@@ -40,7 +42,7 @@ def test_params_and_macs_with_1000_classes_equal_torchvision(depth, params, giga
   model = make_resnet(depth=depth)
   variables, features = shapes(model, side=224)
   dim = features.pooled.shape[-1]
-  assert sum(p.size for p in jax.tree.leaves(variables["params"])) + 1001 * dim == params
+  assert sum(p.size for p in jax.tree.leaves(variables["params"])) + 1000 * (dim + 1) == params
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   flops = count_flops(lambda v, x: model.apply(v, x, False).pooled, variables, images)
   # Version 1, with the stride on the 1x1, has 3.86 at depth 50.
@@ -107,7 +109,7 @@ def block64(x, stride, params, stats, train, updated):
 def test_forward_and_statistics_equal_numpy(stem, bottleneck, train):
   model = ResNet((1, 2), bottleneck, width=2, stem=stem)
   images = np.random.default_rng(1).normal(size=(3, 17, 14, 3)).astype(np.float32)
-  variables = randomise(init(model, images.shape))
+  variables = random_variables(model, images)
   apply = jax.jit(lambda v, x: model.apply(v, x, train, mutable=["batch_stats"]))
   features, mutated = apply(variables, images)
 
@@ -142,24 +144,24 @@ def test_forward_and_statistics_equal_numpy(stem, bottleneck, train):
 def test_zero_init_makes_a_block_its_shortcut(bottleneck, zero_init):
   block = Block(2, 1, bottleneck, zero_init, jnp.float32)
   x = jax.random.uniform(jax.random.key(1), (2, 5, 5, 8 if bottleneck else 2))  # at least 0: relu
-  variables = init(block, x.shape)
+  y, variables = jax.jit(lambda x: block.init_with_output(jax.random.key(0), x, True))(x)
   assert "shortcut_conv" not in variables["params"]
-  y, _ = jax.jit(lambda v, x: block.apply(v, x, True, mutable=["batch_stats"]))(variables, x)
   assert np.array_equal(x, y) == zero_init
 
 
 def test_convolutions_start_with_he_fan_out_deviation():
-  params = init(Block(64, 1, False, True, jnp.float32), (1, 4, 4, 32))["params"]
-  kernel = params["Conv_0"]["kernel"]  # [3, 3, 32, 64]: fan out 9 * 64, fan in 9 * 32
+  kernel = resnet.conv(64, 3, dtype=jnp.float32).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))
+  kernel = kernel["params"]["kernel"]  # [3, 3, 32, 64]: fan out 9 * 64, fan in 9 * 32
   np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / (9 * 64)), rtol=0.03)
 
 
 def test_bfloat16_keeps_float32_parameters_statistics_and_pooled():
-  models = [make_resnet(depth=8, width=8, stem="cifar", dtype=d) for d in ("float32", "bfloat16")]
-  x = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
-  variables = init(models[1], x.shape)
-  exact, half = (jax.jit(lambda v, x, m=m: m.apply(v, x, False))(variables, x) for m in models)
+  models = [ResNet((1, 1), False, 8, "cifar", dtype=d) for d in (jnp.float32, jnp.bfloat16)]
+  x = np.random.default_rng(1).normal(size=(8, 8, 8, 3)).astype(np.float32)
+  variables, _ = shapes(models[1], side=8)
   assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  variables = random_variables(models[1], x)
+  exact, half = (jax.jit(lambda v, x, m=m: m.apply(v, x, False))(variables, x) for m in models)
   assert {m.dtype for m in half.maps.values()} == {jnp.dtype("bfloat16")}
   assert half.pooled.dtype == jnp.float32
   error = np.linalg.norm(half.pooled - exact.pooled) / np.linalg.norm(exact.pooled)

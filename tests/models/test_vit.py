@@ -1,5 +1,6 @@
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +12,17 @@ from ssrl_jax.models.vit import ViT, enlarge, make_vit, shrink, sincos
 TINY = {"dim": 8, "layers": 3, "heads": 2, "patch": 4}
 
 
-def init(model, shape, train=False):
-  return jax.jit(model.init, static_argnums=2)(jax.random.key(0), jnp.zeros(shape), train)
+def abstract_init(model, shape):
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), images)
 
 
-def randomise(tree, seed=0):
-  leaves, treedef = jax.tree.flatten(tree)
-  np_rng = np.random.default_rng(seed)
-  noise = [np.asarray(x) + np_rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves]
-  return jax.tree.unflatten(treedef, noise)
+def random_variables(model, shape):
+  """Nothing at its initial one or zero. No compiled init: it is slow."""
+  np_rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda p: np_rng.normal(0.1, 0.3, p.shape).astype(np.float32), abstract_init(model, shape)
+  )
 
 
 def apply(model, variables, images):
@@ -33,9 +36,8 @@ def apply(model, variables, images):
 )
 def test_params_with_1000_classes_equal_timm(size, params):
   model = make_vit(size=size)
-  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), images)
-  assert sum(p.size for p in jax.tree.leaves(variables)) + 1001 * model.dim == params
+  variables = abstract_init(model, (1, 224, 224, 3))
+  assert sum(p.size for p in jax.tree.leaves(variables)) + 1000 * (model.dim + 1) == params
   # optim.decay_mask spares what has one axis: biases, norms, class token.
   for path, p in jax.tree.leaves_with_path(variables):
     spared = path[-1].key in ("bias", "scale", "class_token", "class_position")
@@ -101,7 +103,7 @@ def vit64(image, params, model):
 )
 def test_forward_equals_numpy(model):
   images = np.random.default_rng(1).normal(size=(2, 12, 8, 3)).astype(np.float32)
-  variables = randomise(init(model, images.shape))
+  variables = random_variables(model, images.shape)
   features = apply(model, variables, images)
   params = jax.tree.map(lambda p: np.asarray(p, np.float64), variables["params"])
   close = {"rtol": 1e-4, "atol": 1e-4}
@@ -145,7 +147,7 @@ def test_map_strides_and_shapes(patch, side, rows):
 def test_unused_attention_and_maps_cost_nothing_under_jit():
   model = ViT(**TINY)
   images = jnp.zeros((2, 16, 16, 3))
-  variables = init(model, images.shape)
+  variables = abstract_init(model, images.shape)
 
   def cost(f):
     return jax.jit(f).lower(variables, images).compile().cost_analysis()["flops"]
@@ -168,9 +170,15 @@ def test_sincos_equals_formula():
     sincos(2, 2, 6)
 
 
+class Positions(ViT):
+  @nn.compact
+  def __call__(self, h, w):
+    return self._positions(h, w)
+
+
 def test_learned_positions_follow_another_grid():
   model = ViT(**TINY)
-  variables = randomise(init(model, (1, 16, 16, 3)))
+  variables = random_variables(model, (1, 16, 16, 3))
   variables["params"]["position"] = np.full((4, 4, 8), 0.7, np.float32)
   other = {"params": {**variables["params"], "position": np.full((2, 6, 8), 0.7, np.float32)}}
   images = np.random.default_rng(1).normal(size=(2, 8, 24, 3)).astype(np.float32)
@@ -178,8 +186,8 @@ def test_learned_positions_follow_another_grid():
   np.testing.assert_allclose(resized.pooled, own.pooled, rtol=1e-5, atol=1e-5)
   # The resized grid keeps its orientation: a ramp along columns stays one along columns.
   ramp = np.zeros((4, 4, 8), np.float32) + np.arange(4, dtype=np.float32)[None, :, None]
-  bound = model.bind({"params": {"position": ramp}})
-  position = np.asarray(bound._positions(2, 6))[0]
+  variables["params"]["position"] = ramp
+  position = Positions(**TINY).apply(variables, 2, 6)[0]
   np.testing.assert_allclose(position[0], position[1], atol=1e-6)
   assert (np.diff(position[0, :, 0]) > 0).all()
 
@@ -188,7 +196,7 @@ def test_learned_positions_follow_another_grid():
   ("shape", "message"),
   [
     ((34, 32), "34 is not divisible by patch 4; nearest: 32 or 36"),
-    ((32, 3), "3 is not divisible by patch 4; nearest: 4$"),
+    ((32, 3), "3 is not divisible by patch 4; nearest: 4\n"),
   ],
 )
 def test_indivisible_image_names_nearest_sizes(shape, message):
@@ -205,7 +213,7 @@ def test_unknown_option_is_named(field, value):
 def test_drop_path_drops_whole_residuals_and_only_in_training():
   block = vit.Block(heads=2, drop_path=0.5, dtype=jnp.float32)
   x = jax.random.normal(jax.random.key(1), (32, 3, 8))
-  variables = randomise(init(block, x.shape))
+  variables = random_variables(block, x.shape)
   variables["params"]["mlp_out"] = jax.tree.map(np.zeros_like, variables["params"]["mlp_out"])
   rngs = {"dropout": jax.random.key(2)}
   train = jax.jit(lambda v, x: block.apply(v, x, True, rngs=rngs)[0])(variables, x)
@@ -217,11 +225,12 @@ def test_drop_path_drops_whole_residuals_and_only_in_training():
 
 
 def test_bfloat16_keeps_float32_parameters_attention_and_pooled():
-  models = [make_vit(size="nano", patch=8, dtype=dtype) for dtype in ("float32", "bfloat16")]
+  models = [ViT(**TINY, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)]
   images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-  variables = init(models[1], images.shape)
-  exact, half = (apply(model, variables, images) for model in models)
+  variables = abstract_init(models[1], images.shape)
   assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  variables = random_variables(models[1], images.shape)
+  exact, half = (apply(model, variables, images) for model in models)
   assert {m.dtype for m in half.maps.values()} == {jnp.dtype("bfloat16")}
   assert half.pooled.dtype == half.attention.dtype == jnp.float32
   np.testing.assert_allclose(half.attention.sum(-1), 1, rtol=1e-5)

@@ -1,0 +1,291 @@
+import os
+import pathlib
+import pickle
+import socket
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from ssrl_jax.data import prepare_tfds
+from ssrl_jax.data.decode import decode
+from ssrl_jax.data.sources import (
+  EXTENSIONS,
+  FolderSource,
+  Subset,
+  _feature_names,
+  check_same_classes,
+  open_source,
+)
+
+
+def put(path, value=0):
+  """A picture whose grey level says which one it is."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new("RGB", (8, 6), (value, value, value)).save(path, format="PNG")
+
+
+def contents(source, root):
+  examples = (source[i] for i in range(len(source)))
+  return [(os.path.relpath(e["image"], root), e["label"]) for e in examples]
+
+
+def test_folder_of_classes_is_labelled_in_sorted_order(tmp_path):
+  for name in ("dog/b.png", "cat/deep/er/z.PNG", "cat/a.JPeG", "dog/.hidden.png", ".git/x.png"):
+    put(tmp_path / "train" / name)
+  (tmp_path / "train" / "dog" / "notes.txt").write_text("no picture")
+  (tmp_path / "train" / "empty").mkdir()
+  put(tmp_path / "test" / "cat" / "t.png")
+  source = open_source(f"folder:{tmp_path}", split="train")
+  assert source.class_names == ("cat", "dog")
+  assert source.num_classes == 2
+  want = [("cat/a.JPeG", 0), ("cat/deep/er/z.PNG", 0), ("dog/b.png", 1)]
+  assert contents(source, tmp_path / "train") == want
+
+
+def test_folder_order_is_that_of_names_not_of_the_file_system(tmp_path, monkeypatch):
+  for name in ("c", "a", "b"):
+    put(tmp_path / f"{name}.png")
+  scandir = os.scandir
+
+  class Reversed:
+    def __init__(self, path):
+      with scandir(path) as entries:
+        self._entries = sorted(entries, key=lambda e: e.name, reverse=True)
+
+    def __enter__(self):
+      return self._entries
+
+    def __exit__(self, *_):
+      pass
+
+  plain = contents(FolderSource(str(tmp_path), split="train"), tmp_path)
+  monkeypatch.setattr(os, "scandir", Reversed)
+  assert contents(FolderSource(str(tmp_path), split="train"), tmp_path) == plain
+  assert [name for name, _ in plain] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("names", [("a.png", "b.png"), ("a.png", "class/b.png")])
+def test_flat_or_mixed_folder_is_unlabelled(names, tmp_path):
+  for name in names:
+    put(tmp_path / name)
+  source = open_source(f"folder:{tmp_path}", split="train")
+  assert contents(source, tmp_path) == [(name, -1) for name in sorted(names)]
+  assert source.num_classes is None
+  assert source.class_names == ()
+
+
+def test_held_out_splits_stand_for_one_another(tmp_path):
+  put(tmp_path / "train" / "a" / "1.png")
+  put(tmp_path / "val" / "a" / "2.png")
+  assert contents(open_source(f"folder:{tmp_path}", split="test"), tmp_path) == [("val/a/2.png", 0)]
+  put(tmp_path / "test" / "a" / "3.png")
+  for split in ("val", "test"):
+    ((name, _),) = contents(open_source(f"folder:{tmp_path}", split=split), tmp_path)
+    assert name.startswith(split)
+  with pytest.raises(ValueError, match="no split 'extra'; it has: train, test, val"):
+    open_source(f"folder:{tmp_path}", split="extra")
+
+
+def test_folder_without_splits_is_not_evaluated_on_its_training_pictures(tmp_path):
+  put(tmp_path / "cat" / "a.png")
+  assert len(open_source(f"folder:{tmp_path}", split="train")) == 1
+  with pytest.raises(ValueError, match=r"no split 'test'; it has: train \(all of it\)"):
+    open_source(f"folder:{tmp_path}", split="test")
+
+
+def test_missing_and_empty_folders_say_what_was_found(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    open_source(f"folder:{tmp_path}/nowhere", split="train")
+  (tmp_path / "a.txt").write_text("")
+  (tmp_path / "b.heic").write_text("")
+  with pytest.raises(ValueError, match=r"found 1 x \.heic, 1 x \.txt") as error:
+    open_source(f"folder:{tmp_path}", split="train")
+  assert all(extension in str(error.value) for extension in EXTENSIONS)
+
+
+def test_folder_names_that_are_not_utf8_survive(tmp_path):
+  name = os.fsdecode(b"caf\xe9.png")
+  put(tmp_path / name)
+  source = FolderSource(str(tmp_path), split="train")
+  assert decode(source[0]["image"], canvas=8)[1].tolist() == [6, 8]
+
+
+def test_folder_source_pickles_and_has_a_stable_repr(tmp_path):
+  for k in range(3):
+    put(tmp_path / f"class{k}" / "a.png")
+  source = FolderSource(str(tmp_path), split="train")
+  copy = pickle.loads(pickle.dumps(source))
+  assert contents(copy, tmp_path) == contents(source, tmp_path)
+  assert repr(copy) == repr(source)
+  assert (
+    repr(source) == f"FolderSource({str(tmp_path)!r}, split='train', num_examples=3, num_classes=3)"
+  )
+
+
+def test_differing_classes_are_named(tmp_path):
+  for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/emu/1.png"):
+    put(tmp_path / name)
+  train, test = (open_source(f"folder:{tmp_path}", split=s) for s in ("train", "test"))
+  check_same_classes(train, train)
+  with pytest.raises(ValueError, match=r"first: \['dog'\].*second: \['emu'\]"):
+    check_same_classes(train, test)
+
+
+def test_limit_draws_the_same_examples_for_a_seed(tmp_path):
+  for k in range(20):
+    put(tmp_path / "only" / f"{k:02d}.png")
+  whole = contents(open_source(f"folder:{tmp_path}", split="train"), tmp_path)
+  first, again, other = (
+    contents(open_source(f"folder:{tmp_path}", split="train", limit=8, seed=s), tmp_path)
+    for s in (0, 0, 1)
+  )
+  assert first == again
+  assert first != other
+  assert len(set(first)) == 8
+  assert set(first) <= set(whole)
+  assert first == sorted(first)
+  with pytest.raises(ValueError, match=r"21 examples are asked of .*num_examples=20"):
+    open_source(f"folder:{tmp_path}", split="train", limit=21)
+
+
+def test_unknown_source_names_the_valid_ones():
+  for name in ("cifar10", "folder:", "tfds:", "digits"):
+    with pytest.raises(ValueError, match=r"'tfds:NAME', 'folder:PATH' or 'digit_scenes'"):
+      open_source(name, split="train")
+
+
+def test_digit_scenes_open_by_name():
+  source = open_source("digit_scenes", split="val", size=32, limit=7, seed=3)
+  assert len(source) == 7
+  assert source.num_classes == 10
+  assert source[0]["image"].shape == (32, 32, 3)
+  assert isinstance(Subset(source, 3, seed=0)[2]["label"], int)
+
+
+# TFDS. Its own tools cannot write without TensorFlow, but a builder of pictures can.
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  """A data_dir with `tiny_greys`: 20 train and 6 validation pictures, level 10 i, label i % 3."""
+
+  class TinyGreys(tfds.core.GeneratorBasedBuilder):
+    """Twenty-six grey pictures."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+        "label": tfds.features.ClassLabel(names=["ash", "bone", "coal"]),
+        "note": tfds.features.Text(),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+      return {
+        "train": self._generate_examples(0, 20),
+        "validation": self._generate_examples(20, 26),
+      }
+
+    def _generate_examples(self, first, end):
+      for i in range(first, end):
+        image = Image.new("RGB", (8, 6), (10 * i % 256,) * 3)
+        yield i, {"image": image, "label": i % 3, "note": "x"}
+
+  data_dir = str(tmp_path_factory.mktemp("tfds"))
+  TinyGreys(data_dir=data_dir, file_format="array_record").download_and_prepare()
+  return data_dir
+
+
+def test_tfds_yields_encoded_pictures_and_labels(prepared):
+  source = open_source("tfds:tiny_greys", split="train", data_dir=prepared)
+  assert (len(source), source.num_classes) == (20, 3)
+  assert source.class_names == ("ash", "bone", "coal")
+  seen = set()
+  for i in range(20):
+    example = source[i]
+    assert set(example) == {"image", "label"}
+    assert isinstance(example["image"], bytes)
+    image, extent = decode(example["image"], canvas=8)
+    level = int(image[0, 0, 0])
+    assert extent.tolist() == [6, 8]
+    assert example["label"] == level // 10 % 3
+    seen.add(level)
+  assert seen == {10 * i for i in range(20)}
+
+
+def test_tfds_splits_slices_and_pickles(prepared):
+  test = open_source("tfds:tiny_greys", split="test", data_dir=prepared)
+  assert len(test) == 6
+  assert repr(test) == (
+    "TfdsSource(tiny_greys/1.0.0, split='validation', num_examples=6, num_classes=3)"
+  )
+  half = open_source("tfds:tiny_greys", split="train[:50%]", data_dir=prepared)
+  assert len(half) == 10
+  copy = pickle.loads(pickle.dumps(half))
+  assert [copy[i] for i in range(10)] == [half[i] for i in range(10)]
+  with pytest.raises(ValueError, match="no split 'extra'; it has: train, validation"):
+    open_source("tfds:tiny_greys", split="extra", data_dir=prepared)
+
+
+def test_unprepared_tfds_says_how_to_prepare_it_without_a_network(tmp_path, monkeypatch):
+  monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("used the network"))
+  monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("used the network"))
+  with pytest.raises(FileNotFoundError) as error:
+    open_source("tfds:cifar10", split="train", data_dir=str(tmp_path))
+  assert "pip install 'ssrl_jax[prepare]'" in str(error.value)
+  assert f"python -m ssrl_jax.data.prepare_tfds cifar10 --data_dir={tmp_path}" in str(error.value)
+
+
+def test_unknown_tfds_names_the_nearest(tmp_path):
+  with pytest.raises(ValueError, match=r"no data set 'cifar_10'; nearest: .*cifar10\b"):
+    open_source("tfds:cifar_10", split="train", data_dir=str(tmp_path))
+  with pytest.raises(ValueError, match=r"version 9\.9\.9"):
+    open_source("tfds:cifar10:9.9.9", split="train", data_dir=str(tmp_path))
+
+
+def test_tfds_features_are_found_or_listed():
+  features = tfds.features
+  image, label = features.Image(), features.ClassLabel(num_classes=2)
+  assert _feature_names({"photo": image, "species": label}, "x") == ("photo", "species")
+  assert _feature_names({"photo": image}, "x") == ("photo", None)
+  both = {"image": image, "mask": image, "label": label, "coarse_label": label}
+  assert _feature_names(both, "x") == ("image", "label")
+  for bad in ({"left": image, "right": image}, {"image": image, "a": label, "b": label}, {}):
+    with pytest.raises(ValueError, match="tfds:x needs one picture"):
+      _feature_names(bad, "x")
+
+
+def test_preparing_without_tensorflow_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow", None)
+  with pytest.raises(SystemExit, match=r"pip install 'ssrl_jax\[prepare\]'"):
+    prepare_tfds.main(["cifar10"])
+
+
+def test_reading_tfds_imports_no_tensorflow(prepared):
+  code = (
+    "import sys; from ssrl_jax.data.sources import open_source; "
+    f"s = open_source('tfds:tiny_greys:1.0.0', split='train', data_dir={prepared!r}); s[0]; "
+    "sys.exit('tensorflow' in sys.modules)"
+  )
+  root = pathlib.Path(prepare_tfds.__file__).parents[2]
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr
+
+
+def test_real_folder_indexes_and_decodes(data_dir, tmp_path):
+  with zipfile.ZipFile(data_dir / "imagenette128" / "val.zip") as z:
+    for name in [n for n in z.namelist() if n.lower().endswith((".jpg", ".jpeg"))][:20]:
+      z.extract(name, tmp_path)
+  source = open_source(f"folder:{tmp_path}", split="train")
+  assert len(source) == 20
+  levels = [decode(source[i]["image"], canvas=64)[0].mean() for i in range(20)]
+  assert np.std(levels) > 1

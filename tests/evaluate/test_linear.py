@@ -1,0 +1,181 @@
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from ssrl_jax import parallel
+from ssrl_jax.evaluate import linear
+from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
+
+UNUSED_VIEW = {"canvas": 1, "size": 1, "crop": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+QUICK = {"learning_rates": (0.003, 0.03, 0.3), "weight_decays": (0.0, 1e-2), "epochs": 15,
+         "batch_size": 64}  # fmt: skip
+
+
+def judge(train, test, num_classes):
+  """An Evaluation of (features, labels) that are there already."""
+  sets = {
+    split: FeatureSet(np.asarray(x, np.float32), np.asarray(y, np.int32), np.arange(len(y)))
+    for split, (x, y) in {"train": train, "test": test}.items()
+  }
+  return Evaluation(
+    raw_pixels, (), train=None, test=None, num_classes=num_classes, mesh=parallel.make_mesh(1),
+    batch_size=1, cache=sets, **UNUSED_VIEW,
+  )  # fmt: skip
+
+
+def clusters(n, *, num_classes=5, dim=16, spread=4.0, seed=0):
+  """Classes of a common, skewed covariance around centres; scales and offset of real features."""
+  rng, fixed = np.random.default_rng(seed), np.random.default_rng(99)
+  centres = fixed.normal(size=(num_classes, dim))
+  skew = fixed.normal(size=(dim, dim)) / np.sqrt(dim)
+  scale, offset = 10 ** fixed.uniform(-2, 2, (1, dim)), 5 * fixed.normal(size=(1, dim))
+  label = rng.integers(0, num_classes, n)
+  x = centres[label] + spread * rng.normal(size=(n, dim)) @ skew
+  return (x * scale + offset).astype(np.float32), label
+
+
+@pytest.fixture(scope="module")
+def noisy():
+  train, test = clusters(2000), clusters(2000, seed=1)
+  return train, test, linear.run(judge(train, test, 5), **QUICK)
+
+
+def test_accuracy_is_near_that_of_logistic_regression(noisy):
+  (x, y), (test_x, test_y), figures = noisy
+  mean, std = x.mean(0, keepdims=True), x.std(0, keepdims=True)
+  reference = LogisticRegression(max_iter=1000).fit((x - mean) / std, y)
+  expected = 100 * reference.score((test_x - mean) / std, test_y)
+  assert 60 < expected < 95  # so that it can be wrong
+  assert figures["linear/accuracy"] == pytest.approx(expected, abs=1.5)
+  assert figures["linear/held_out_accuracy"] == pytest.approx(expected, abs=8)
+
+
+def test_separable_classes_are_separated():
+  train, test = clusters(400, spread=0.1), clusters(100, spread=0.1, seed=1)
+  figures = linear.run(judge(train, test, 5), **QUICK)
+  assert figures["linear/accuracy"] == figures["linear/held_out_accuracy"] == 100
+
+
+def test_shuffled_labels_give_chance(noisy):
+  (x, y), (test_x, test_y), _ = noisy
+  np_rng = np.random.default_rng(3)
+  shuffled = (x, np_rng.permutation(y)), (test_x, np_rng.permutation(test_y))
+  figures = linear.run(judge(*shuffled, 5), **QUICK)
+  assert figures["linear/accuracy"] == pytest.approx(20, abs=4.5)  # 5 deviations of 2,000 guesses
+  assert figures["linear/held_out_accuracy"] < 35  # 200 pictures, and the best of six
+
+
+def test_choice_does_not_see_the_test_pictures(noisy):
+  train, (test_x, test_y), figures = noisy
+  wrong = linear.run(judge(train, (-test_x, (test_y + 1) % 5), 5), **QUICK)
+  assert wrong["linear/accuracy"] < figures["linear/accuracy"] - 30
+  for name in ("linear/learning_rate", "linear/weight_decay", "linear/held_out_accuracy"):
+    assert wrong[name] == figures[name]
+
+
+def test_grid_is_the_same_as_one_by_one():
+  x, y = clusters(300)
+  x, _ = linear.standardise(x, x)
+  pairs = list(itertools.product((0.003, 0.3), (0.0, 1e-2)))
+  options = {"num_classes": 5, "epochs": 3, "batch_size": 64, "seed": 1}
+  together = linear.unstack(linear.fit_heads(x, y, pairs, **options))
+  for pair, head in zip(pairs, together):
+    (alone,) = linear.unstack(linear.fit_heads(x, y, [pair], **options))
+    np.testing.assert_allclose(head["kernel"], alone["kernel"], atol=1e-5)
+    np.testing.assert_allclose(head["bias"], alone["bias"], atol=1e-5)
+  assert np.abs(together[2]["kernel"] - together[3]["kernel"]).max() > 1e-4  # decay acts
+
+
+def test_fit_of_one_full_batch_is_nesterov_with_cosine_in_float64():
+  x, y = clusters(40, dim=3, num_classes=3)
+  x, _ = linear.standardise(x, x)
+  lr, wd, epochs = 0.1, 0.05, 4
+  (head,) = linear.unstack(
+    linear.fit_heads(x, y, [(lr, wd)], num_classes=3, epochs=epochs, batch_size=40, seed=0)
+  )
+  x, w, b = x.astype(np.float64), np.zeros((3, 3)), np.zeros((1, 3))
+  m_w, m_b = np.zeros((3, 3)), np.zeros((1, 3))
+  for t in range(epochs):
+    p = np.exp(x @ w + b)
+    error = p / p.sum(1, keepdims=True) - np.eye(3)[y]
+    g_w, g_b = x.T @ error / 40 + wd * w, error.mean(0, keepdims=True)
+    m_w, m_b = 0.9 * m_w + g_w, 0.9 * m_b + g_b
+    rate = lr * (1 + np.cos(np.pi * t / epochs)) / 2
+    w, b = w - rate * (g_w + 0.9 * m_w), b - rate * (g_b + 0.9 * m_b)
+  np.testing.assert_allclose(head["kernel"], w, atol=1e-5)
+  np.testing.assert_allclose(head["bias"], b, atol=1e-5)
+
+
+def test_choose_prefers_accuracy_then_loss_and_no_head_that_diverged():
+  x, y = np.array([[1.0], [-1.0]], np.float32), np.array([0, 1])
+  kernels = jnp.array([[[jnp.nan, 0]], [[-9.0, 0]], [[0.1, 0]], [[5.0, 0]], [[2.0, 0]]])
+  heads = {"kernel": kernels, "bias": jnp.zeros((5, 1, 2))}
+  assert linear.choose(heads, x, y) == (3, 100.0)
+
+
+def test_choose_among_diverged_heads_is_an_error():
+  heads = {"kernel": jnp.full((2, 1, 2), jnp.nan), "bias": jnp.zeros((2, 1, 2))}
+  with pytest.raises(FloatingPointError, match="add lower ones"):
+    linear.choose(heads, np.ones((2, 1), np.float32), np.array([0, 1]))
+
+
+def test_rate_at_the_edge_of_the_grid_is_said(caplog):
+  train = clusters(200, spread=0.1)
+  options = QUICK | {"learning_rates": (1e-6, 1e-5), "weight_decays": (0.0,)}
+  linear.run(judge(train, train, 5), **options)
+  assert "learning_rates (1e-06, 1e-05) is at its edge: 1e-05" in caplog.text
+  assert "weight_decays" not in caplog.text
+
+
+def test_split_holds_out_the_share_of_each_class():
+  label = np.repeat([3, 0, 7], [40, 20, 1])
+  kept, held = linear.split_held_out(label, 0.1, seed=0)
+  assert sorted([*kept, *held]) == list(range(61))
+  assert np.bincount(label[held], minlength=8).tolist() == [2, 0, 0, 4, 0, 0, 0, 0]
+  again, other = (linear.split_held_out(label, 0.1, seed=s)[1] for s in (0, 1))
+  assert np.array_equal(held, again)
+  assert not np.array_equal(held, other)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_split_fraction_out_of_range_is_an_error(fraction):
+  with pytest.raises(ValueError, match=f"held_out is {fraction}"):
+    linear.split_held_out(np.zeros(9, np.int32), fraction, seed=0)
+
+
+def test_split_of_single_pictures_is_an_error():
+  with pytest.raises(ValueError, match="at least two pictures of one class"):
+    linear.split_held_out(np.arange(5), 0.1, seed=0)
+
+
+def test_standardise_uses_the_training_statistics_and_zeroes_constants():
+  train = np.array([[1.0, 7, 1e-3], [3, 7, 3e-3]], np.float32)
+  ours, other = linear.standardise(train, np.array([[5.0, 9, 5e-3]], np.float32))
+  np.testing.assert_allclose(ours, [[-1, 0, -1], [1, 0, 1]], atol=1e-5)
+  np.testing.assert_allclose(other, [[3, 0, 3]], atol=1e-5)
+
+
+def test_pictures_without_label_are_left_out():
+  (x, y), test = clusters(200), clusters(100, seed=1)
+  alone = linear.run(judge((x, y), test, 5), **QUICK)
+  poisoned = np.concatenate([x, 1e6 * x[:20]]), np.concatenate([y, np.full(20, -1)])
+  figures = linear.run(judge(poisoned, test, 5), **QUICK)
+  assert figures == alone | {"linear/unlabelled": 20.0}
+
+
+@pytest.mark.parametrize(
+  ("options", "match"),
+  [
+    ({"learning_rates": ()}, "learning_rates"),
+    ({"learning_rates": (0.0,)}, "learning_rates"),
+    ({"weight_decays": (-1.0,)}, "weight_decays"),
+    ({"epochs": 0}, "epochs is 0"),
+  ],
+)
+def test_options_out_of_range_are_errors(options, match):
+  train = clusters(20)
+  with pytest.raises(ValueError, match=match):
+    linear.run(judge(train, train, 5), **options)
