@@ -59,17 +59,21 @@ def make_views(
     {spec.name: float32 [B, spec.count, spec.size, spec.size, 3]}, normalised.
   """
   check_specs(specs)
-  views = {}
-  for spec in specs:
-    spec_key = jax.random.fold_in(key, np.uint32(zlib.crc32(spec.name.encode())))
-    keys = [jax.random.fold_in(spec_key, view) for view in range(spec.count)]
-    views[spec.name] = jnp.stack(
-      [_one_view(k, batch, spec, view) for view, k in enumerate(keys)], axis=1
-    )
-  return views
+  return {spec.name: _views_of(key, batch, spec) for spec in specs}
 
 
-def _one_view(key: Array, batch: dict[str, Array], spec: ViewSpec, view: int) -> Array:
+def _views_of(key: Array, batch: dict[str, Array], spec: ViewSpec) -> Array:
+  """All views of one spec, float32 [B, count, size, size, 3]."""
+  spec_key = jax.random.fold_in(key, np.uint32(zlib.crc32(spec.name.encode())))
+  # A loop, not a batch: compiled once for any count, and the order of the jitter stays a scalar.
+  views_VBHWC = jax.lax.map(
+    lambda view: _one_view(jax.random.fold_in(spec_key, view), batch, spec, view),
+    jnp.arange(spec.count),
+  )
+  return jnp.swapaxes(views_VBHWC, 0, 1)
+
+
+def _one_view(key: Array, batch: dict[str, Array], spec: ViewSpec, view: Array) -> Array:
   """View number `view` of every picture, float32 [B, size, size, 3]."""
   order_key, picture_key = jax.random.split(key)
   order_J = jax.random.permutation(order_key, len(jitter_operations(spec)))
@@ -77,7 +81,7 @@ def _one_view(key: Array, batch: dict[str, Array], spec: ViewSpec, view: int) ->
   def one(image_SSC, extent_2, id_2):
     own_key = jax.random.fold_in(jax.random.fold_in(picture_key, id_2[0]), id_2[1])
     draws = draw(own_key, extent_2, spec, view)
-    return render(image_SSC, draws, order_J, spec, view)
+    return render(image_SSC, draws, order_J, spec)
 
   return jax.vmap(one)(batch["image"], batch["extent"], batch["id"])
 
@@ -112,17 +116,14 @@ def eval_view(
   shorter = round(size / crop)
 
   def one(image_SSC, extent_2):
-    resized_2 = shorter * extent_2 // jnp.maximum(jnp.min(extent_2), 1)
-    scale_2 = extent_2 / jnp.maximum(resized_2, 1)  # pixels of the picture per pixel of the view
+    resized_2 = shorter * extent_2 // jnp.min(extent_2)
+    scale_2 = extent_2 / resized_2  # pixels of the picture for one of the view
     start_2 = jnp.round((resized_2 - size) / 2) * scale_2
-    zero = jnp.zeros(())
-    image_HWC = _resample(
-      image_SSC.astype(jnp.float32) / 255,
-      *(
-        _resize_weights(image_SSC.shape[i], size, start_2[i], size * scale_2[i], zero, extent_2[i])
-        for i in range(2)
-      ),
+    rows_OH, cols_OW = (
+      _resize_weights(image_SSC.shape[i], size, start_2[i], size * scale_2[i], 0, extent_2[i])
+      for i in range(2)
     )
+    image_HWC = _resample(image_SSC.astype(jnp.float32) / 255, rows_OH, cols_OW)
     return normalise(image_HWC, mean, std)
 
   return jax.vmap(one)(batch["image"], batch["extent"])
@@ -137,7 +138,7 @@ def denormalise(views: Array, mean: tuple[float, ...], std: tuple[float, ...]) -
 # What chance decides.
 
 
-def draw(key: Array, extent_2: Array, spec: ViewSpec, view: int) -> Draws:
+def draw(key: Array, extent_2: Array, spec: ViewSpec, view: Array | int) -> Draws:
   """Draws view number `view` of one picture of height and width `extent_2`."""
   # One call for all the numbers: compiling a call costs far more than drawing a few too many.
   u = jax.random.uniform(key, (2 * TRIES + 12,))
@@ -154,9 +155,9 @@ def draw(key: Array, extent_2: Array, spec: ViewSpec, view: int) -> Draws:
     jitter=jitter < spec.jitter,
     factors=jnp.stack(factors),
     greyscale=greyscale < spec.greyscale,
-    blur=blur < _of_view(spec.blur, view),
+    blur=blur < _of_view(spec.blur, spec.count)[view],
     sigma=_between(sigma, *spec.blur_sigma),
-    solarise=solarise < _of_view(spec.solarise, view),
+    solarise=solarise < _of_view(spec.solarise, spec.count)[view],
   )
 
 
@@ -196,7 +197,7 @@ def crop_box(
 # What is done with it. Each operation takes and gives one picture, float32 [H, W, 3] in [0, 1].
 
 
-def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec, view: int) -> Array:
+def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec) -> Array:
   """One view of one picture: uint8 [S, S, 3] -> float32 [size, size, 3], normalised.
 
   An operation whose probability or strength is 0 in the spec is left out of the program.
@@ -208,9 +209,9 @@ def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec, view:
     image_HWC = jnp.where(draws.jitter, jittered_HWC, image_HWC)
   if spec.greyscale > 0:
     image_HWC = jnp.where(draws.greyscale, greyscale(image_HWC), image_HWC)
-  if _of_view(spec.blur, view) > 0:
+  if max(spec.blur) > 0:
     image_HWC = jnp.where(draws.blur, gaussian_blur(image_HWC, draws.sigma), image_HWC)
-  if _of_view(spec.solarise, view) > 0:
+  if max(spec.solarise) > 0:
     image_HWC = jnp.where(draws.solarise, solarise(image_HWC), image_HWC)
   return normalise(image_HWC, spec.mean, spec.std)
 
@@ -331,7 +332,7 @@ def _resample(image_HWC: Array, rows_OH: Array, cols_PW: Array) -> Array:
 
 
 def _resize_weights(
-  num_in: int, num_out: int, start: Array, length: Array, low: Array, high: Array
+  num_in: int, num_out: int, start: Array, length: Array, low: Array | int, high: Array
 ) -> Array:
   """Bicubic antialiased weights [num_out, num_in] that resize [start, start + length).
 
@@ -362,8 +363,9 @@ def jitter_operations(spec: ViewSpec) -> tuple[int, ...]:
   return tuple(i for i, strength in enumerate(strengths) if strength and spec.jitter)
 
 
-def _of_view(probabilities: tuple[float, ...], view: int) -> float:
-  return probabilities[view] if len(probabilities) > 1 else probabilities[0]
+def _of_view(probabilities: tuple[float, ...], count: int) -> Array:
+  """The probability for each of `count` views, of which a single one is given for all."""
+  return jnp.asarray(np.resize(probabilities, count), jnp.float32)
 
 
 def _between(u: Array, low: float, high: float) -> Array:
@@ -381,39 +383,36 @@ def check_specs(specs: tuple[ViewSpec, ...]) -> None:
   if len(set(names)) < len(names):
     raise ValueError(f"two views have the same name: {names}; give each spec a name of its own")
   for spec in specs:
-    for field, ok, expected in _requirements(spec):
-      if not ok:
+    checks = {
+      ("count", "size"): (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
+      ("area",): (lambda x: _is_range(x, 1), "0 < low <= high <= 1, e.g. (0.08, 1.0)"),
+      ("aspect", "blur_sigma"): (_is_range, "0 < low <= high, e.g. (0.75, 1.33)"),
+      ("flip", "jitter", "greyscale"): (_is_probability, "a probability from 0 to 1"),
+      ("brightness", "contrast", "saturation"): (lambda x: 0 <= x < np.inf, "0 or more"),
+      ("hue",): (lambda x: 0 <= x <= 0.5, "a share of the colour circle from 0 to 0.5, e.g. 0.1"),
+      ("blur", "solarise"): (
+        lambda x, n=spec.count: _are_probabilities(x, n),
+        f"a tuple of 1 or {spec.count} (count) probabilities from 0 to 1, e.g. (0.5,)",
+      ),
+      ("mean",): (lambda x: len(x) == 3, "3 values, one a channel"),
+      ("std",): (lambda x: len(x) == 3 and min(x) > 0, "3 positive values, one a channel"),
+    }
+    for fields, (is_valid, expected) in checks.items():
+      for field in fields:
         value = getattr(spec, field)
-        raise ValueError(f"view {spec.name!r}: {field} is {value!r}; expected {expected}")
+        if not is_valid(value):
+          raise ValueError(f"view {spec.name!r}: {field} is {value!r}; expected {expected}")
 
 
-def _requirements(spec: ViewSpec) -> list[tuple[str, bool, str]]:
-  """(field, whether it holds, what was expected) for every field of a spec."""
+def _is_range(values: tuple[float, float], maximum: float = np.inf) -> bool:
+  ok = isinstance(values, tuple) and len(values) == 2
+  return ok and 0 < values[0] <= values[1] <= maximum
 
-  def is_range(values, low, high):  # low < first <= second <= high
-    return len(values) == 2 and low < values[0] <= values[1] <= high
 
-  infinity = float("inf")
-  checks = [
-    ("count", spec.count >= 1, "at least 1; leave the spec out for none"),
-    ("size", spec.size >= 1, "at least 1 pixel"),
-    ("area", is_range(spec.area, 0, 1), "0 < low <= high <= 1, e.g. (0.08, 1.0)"),
-    ("aspect", is_range(spec.aspect, 0, infinity), "0 < low <= high, e.g. (0.75, 1.3333)"),
-    ("hue", 0 <= spec.hue <= 0.5, "a share of the colour circle, from 0 to 0.5, e.g. 0.1"),
-    ("blur_sigma", is_range(spec.blur_sigma, 0, infinity), "0 < low <= high, e.g. (0.1, 2.0)"),
-    ("mean", len(spec.mean) == 3, "3 values, of red, green and blue"),
-    ("std", len(spec.std) == 3 and min(spec.std) > 0, "3 positive values, one a channel"),
-  ]
-  for field in ("flip", "jitter", "greyscale"):
-    ok = 0 <= getattr(spec, field) <= 1
-    checks.append((field, ok, "a probability from 0 to 1"))
-  for field in ("brightness", "contrast", "saturation"):
-    ok = 0 <= getattr(spec, field) < infinity
-    checks.append((field, ok, "0 or more, e.g. 0.4; 0 leaves it out"))
-  for field in ("blur", "solarise"):
-    values = getattr(spec, field)
-    ok = isinstance(values, tuple) and len(values) in (1, spec.count)
-    ok = ok and all(0 <= p <= 1 for p in values)
-    expected = f"a tuple of 1 or {spec.count} (count) probabilities from 0 to 1, e.g. (0.5,)"
-    checks.append((field, ok, expected))
-  return checks
+def _is_probability(value: float) -> bool:
+  return 0 <= value <= 1
+
+
+def _are_probabilities(values: tuple[float, ...], count: int) -> bool:
+  ok = isinstance(values, tuple) and len(values) in (1, count)
+  return ok and all(map(_is_probability, values))

@@ -10,7 +10,9 @@ nt_xent = jax.jit(contrastive.nt_xent)
 
 @jax.jit
 def sum_and_gradients(z1, z2, temperature):
-  total = lambda *z: jnp.sum(contrastive.nt_xent(*z, temperature=temperature))
+  def total(*z):
+    return jnp.sum(contrastive.nt_xent(*z, temperature=temperature))
+
   return jax.value_and_grad(total, argnums=(0, 1))(z1, z2)
 
 

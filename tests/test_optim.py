@@ -1,0 +1,166 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ssrl_jax.optim import decay_mask, describe_groups, make_optimizer, warmup_cosine
+
+OPTIONS = {
+  "name": "sgd",
+  "learning_rate": 0.4,
+  "scale_by_batch": False,
+  "warmup_epochs": 0.2,
+  "final_fraction": 0.1,
+  "weight_decay": 0.05,
+  "momentum": 0.8,
+  "b1": 0.85,
+  "b2": 0.98,
+  "trust_coefficient": 0.01,
+  "clip_norm": 0.0,
+  "batch_size": 512,
+  "steps_per_epoch": 10,
+  "total_steps": 12,
+}
+SHAPES = {"conv": (3, 3, 2, 4), "dense": (4, 3), "bias": (3,), "scale": (4,)}
+STEPS = 4
+
+
+def trees(seed):
+  rng = np.random.default_rng(seed)
+  return {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def updated(**changes):
+  """Parameters after `STEPS` updates with fixed gradients, from the code under test."""
+  rule, _ = make_optimizer(**(OPTIONS | changes))
+  params = jax.tree.map(jnp.asarray, trees(0))
+  state = rule.init(params)
+  update = jax.jit(rule.update)
+  for step in range(STEPS):
+    updates, state = update(trees(step + 1), state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def learning_rate64(step):
+  """Two steps of warm-up from 0 to 0.4, then a cosine to a tenth of it at step 12."""
+  if step < 2:
+    return 0.4 * step / 2
+  return 0.04 + 0.36 * (1 + np.cos(np.pi * (step - 2) / 10)) / 2
+
+
+def apply64(rule, gradient_fn=lambda g: g):
+  """Parameters after `STEPS` updates by `rule(p, g, memory, lr, step, decayed) -> p`, float64."""
+  result = {}
+  for name, p in trees(0).items():
+    p, memory = p.astype(np.float64), {"m": np.zeros(p.shape), "v": np.zeros(p.shape)}
+    for step in range(STEPS):
+      g = gradient_fn({k: x.astype(np.float64) for k, x in trees(step + 1).items()})[name]
+      p = rule(p, g, memory, learning_rate64(step), step, name in ("conv", "dense"))
+    result[name] = p
+  return result
+
+
+def lars64(p, g, memory, learning_rate, step, decayed):
+  """google-research/simclr lars_optimizer.py, classic_momentum: the rate is in the momentum."""
+  ratio = 1.0
+  if decayed:
+    g = g + 0.05 * p
+    ratio = 0.01 * np.sqrt((p**2).sum()) / np.sqrt((g**2).sum())
+  memory["m"] = 0.8 * memory["m"] + learning_rate * ratio * g
+  return p - memory["m"]
+
+
+def sgd64(p, g, memory, learning_rate, step, decayed):
+  """Decay in the gradient, heavy ball, the rate outside: torch.optim.SGD."""
+  memory["m"] = 0.8 * memory["m"] + g + 0.05 * p * decayed
+  return p - learning_rate * memory["m"]
+
+
+def adamw64(p, g, memory, learning_rate, step, decayed):
+  """Loshchilov & Hutter 2019, algorithm 2, the decay multiplied by the rate as in PyTorch."""
+  memory["m"] = 0.85 * memory["m"] + 0.15 * g
+  memory["v"] = 0.98 * memory["v"] + 0.02 * g**2
+  m, v = memory["m"] / (1 - 0.85 ** (step + 1)), memory["v"] / (1 - 0.98 ** (step + 1))
+  return p - learning_rate * (m / (np.sqrt(v) + 1e-8) + 0.05 * p * decayed)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("lars", lars64), ("sgd", sgd64), ("adamw", adamw64)])
+def test_update_rule_is_the_reference_with_norms_and_biases_left_alone(name, rule):
+  params = updated(name=name)
+  for key, expected in apply64(rule).items():
+    np.testing.assert_allclose(params[key], expected, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_lars_takes_the_plain_rate_where_a_norm_is_zero():
+  rule, _ = make_optimizer(**(OPTIONS | {"name": "lars", "warmup_epochs": 0.0}))
+  params = {"zero": jnp.zeros((2, 2)), "still": jnp.ones((2, 2))}
+  grads = {"zero": jnp.ones((2, 2)), "still": -0.05 * jnp.ones((2, 2))}  # what the decay adds
+  updates, _ = rule.update(grads, rule.init(params), params)
+  np.testing.assert_allclose(updates["zero"], np.full((2, 2), -0.4), rtol=1e-6)
+  np.testing.assert_allclose(updates["still"], np.zeros((2, 2)), atol=1e-9)
+
+
+def test_clip_cuts_the_norm_of_the_whole_gradient_before_the_rule():
+  def clipped(grads):
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    return {k: g * min(1, 0.5 / norm) for k, g in grads.items()}
+
+  params = updated(clip_norm=0.5)
+  for key, expected in apply64(sgd64, clipped).items():
+    np.testing.assert_allclose(params[key], expected, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_clip_leaves_small_gradients_as_they_are():
+  jax.tree.map(np.testing.assert_array_equal, updated(clip_norm=1e3), updated())
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 12, 20])
+def test_schedule_points(step):
+  _, schedule = make_optimizer(**OPTIONS)
+  expected = learning_rate64(min(step, 12))
+  np.testing.assert_allclose(schedule(step), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_schedule_by_hand():
+  schedule = warmup_cosine(peak=2.0, warmup_steps=4, total_steps=12, final_fraction=0.0)
+  points = {0: 0.0, 2: 1.0, 4: 2.0, 6: 1 + np.sqrt(0.5), 8: 1.0, 12: 0.0}
+  for step, value in points.items():
+    np.testing.assert_allclose(schedule(step), value, atol=1e-6)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+  schedule = warmup_cosine(peak=2.0, warmup_steps=0, total_steps=1, final_fraction=0.0)
+  np.testing.assert_allclose(schedule(0), 2.0)
+
+
+@pytest.mark.parametrize(("batch_size", "factor"), [(512, 2.0), (64, 0.25)])
+def test_learning_rate_scales_with_the_batch_when_asked(batch_size, factor):
+  for scale, expected in ((True, 0.4 * factor), (False, 0.4)):
+    _, schedule = make_optimizer(**OPTIONS | {"scale_by_batch": scale, "batch_size": batch_size})
+    np.testing.assert_allclose(schedule(2), expected, rtol=1e-6)
+
+
+def test_decay_mask_leaves_vectors_and_scalars_alone():
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scalar": jnp.ones(())}
+  assert decay_mask(params) == {"kernel": True, "bias": False, "scalar": False}
+
+
+def test_groups_are_described_with_their_sizes():
+  params = {"a": {"kernel": jnp.ones((30, 40)), "bias": jnp.ones(40)}, "b": {"scale": jnp.ones(3)}}
+  assert describe_groups(params).splitlines() == [
+    "weight decay: 1 arrays, 1,200 parameters (kernel)",
+    "no weight decay: 2 arrays, 43 parameters (bias, scale)",
+  ]
+
+
+def test_unknown_name_lists_the_known_ones():
+  with pytest.raises(ValueError, match=r"'adam'.*adamw, lars, sgd"):
+    make_optimizer(**OPTIONS | {"name": "adam"})
+
+
+@pytest.mark.parametrize("warmup_epochs", [1.2, 5.0, -1.0])
+def test_warmup_that_does_not_fit_is_an_error(warmup_epochs):
+  with pytest.raises(ValueError, match=r"does not fit into 12 steps; lower optim.warmup_epochs"):
+    make_optimizer(**OPTIONS | {"warmup_epochs": warmup_epochs})
