@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -78,8 +78,16 @@ def cpu_model() -> str:
   return models[0] if models else platform.processor() or platform.machine()
 
 
-def measure(f: Callable, *args: Any, seconds: float = 2.0) -> tuple[float, float]:
-  """Seconds of one call of jit(f), median of at least 3, and seconds of its compilation."""
+class Timing(NamedTuple):
+  """Seconds."""
+
+  median: float  # of a call
+  best: float  # of a call; near the median unless something else ran on the machine
+  compile: float
+
+
+def measure(f: Callable, *args: Any, seconds: float = 2.0) -> Timing:
+  """Times jit(f)(*args): at least 3 calls, and as many as fit into `seconds`."""
   start = time.perf_counter()
   compiled = jax.jit(f).lower(*args).compile()
   compile_seconds = time.perf_counter() - start
@@ -89,4 +97,4 @@ def measure(f: Callable, *args: Any, seconds: float = 2.0) -> tuple[float, float
     start = time.perf_counter()
     jax.block_until_ready(compiled(*args))
     times.append(time.perf_counter() - start)
-  return sorted(times)[len(times) // 2], compile_seconds
+  return Timing(sorted(times)[len(times) // 2], min(times), compile_seconds)

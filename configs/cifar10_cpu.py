@@ -14,8 +14,8 @@ from configs import cifar10
 from ssrl_jax.config import view_group
 
 METHODS = {
-  "fusion": {"hidden_dim": 256, "out_dim": 128},
-  "simclr": {"temperature": 0.5, "hidden_dim": 256, "out_dim": 128},
+  "fusion": {"hidden_dim": 128, "out_dim": 64},
+  "simclr": {"temperature": 0.2, "hidden_dim": 128, "out_dim": 64},
 }
 
 
@@ -27,13 +27,14 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.encoder.name = "resnet8"
   c.encoder.dtype = "float32"
   c.encoder.resnet.width = 16
+  c.encoder.fusion.update({"width": 64, "pooled": "scales", "coarsen": 1})
   c.data.num_train = 5000
   c.data.threads = 2
   c.views["global"] = view_group(
     size=32, area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
   )
   c.optim.update({"name": "adamw", "learning_rate": 2e-3, "scale_by_batch": False})
-  c.optim.update({"weight_decay": 1e-4, "warmup_epochs": 2.0})
+  c.optim.update({"weight_decay": 1e-3, "warmup_epochs": 2.0})
   c.checkpoint.every_steps = 200
   c.log.every_steps = 20
   c.evaluate.batch_size = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -12,18 +13,19 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 MAX_POINTS = 300  # of a curve; longer runs are averaged over equal stretches
-MAX_PROJECTED = 1000  # points of the t-SNE: about 5 s on 2 cores
+MAX_PROJECTED = 1000  # points of the map
 MAX_SPECTRUM = 5000  # pictures that the spectrum is computed from
 MAX_SIDE = 96  # pixels of a picture on the page
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the page gives each a lighter
-# twin for dark screens. INK, LINE and PANEL stand for the page's own and are replaced in the SVG.
+# twin for dark screens. INK and LINE stand for the page's own and are replaced in the SVG.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SERIES_ON_DARK = ("#58b1ea", "#f0834a", "#2fc498", "#dd9bc0", "#efb73c", "#8fd0f5")
-INK, LINE, PANEL = "#101112", "#a1a2a3", "#f1f2f3"
+INK, LINE = "#101112", "#a1a2a3"
 CLASS_COLOURS = (  # Tol's vibrant scheme and three more: as dark as they are light
   "#0088cc", "#ee7733", "#009988", "#dd4422", "#33bbee",
   "#ee3377", "#999999", "#aa8811", "#8866dd", "#996644",
@@ -39,7 +41,7 @@ def curves(
   limits: tuple[float | None, float | None] = (None, None),
 ) -> str:
   """A chart of {key: legend} over the steps; keys that no line has are left out."""
-  series = {n: _series(metrics, n) for n in names}
+  series = {n: _series(metrics, n, positive=log) for n in names}
   series = {n: s for n, s in series.items() if np.any(np.isfinite(s[1]))}
   if not series:
     return figure(title, '<p class="none">not logged</p>')
@@ -50,9 +52,10 @@ def curves(
       marker = "o" if np.sum(np.isfinite(values)) == 1 else ""
       axes.plot(steps, values, label=names[n], linewidth=1.6, marker=marker, **style)
     axes.set_xlabel("step")
-    if log and all(np.nanmin(v) > 0 for _, v in series.values()):
-      axes.set_yscale("log")
     axes.set_ylim(*limits)
+    if log:  # four decades: the last steps of a schedule would flatten the rest
+      low, high = axes.dataLim.intervaly
+      log_axis(axes, max(low / 1.3, high / 1e4), high * 1.3)
     if len(series) > 1:
       axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if len(series) < 3 else 2, borderpad=0,
@@ -62,16 +65,28 @@ def curves(
   return figure(title, svg(draw, size=(4.4, 2.7), salt=title))
 
 
-def _series(metrics: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values; in equal stretches' means where there are more than MAX_POINTS."""
+def _series(
+  metrics: list[dict[str, Any]], name: str, *, positive: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values, NaN for a gap; means of equal stretches if there are over MAX_POINTS."""
   pairs = [(r["step"], r[name]) for r in metrics if isinstance(r.get(name), (int, float))]
   steps, values = np.array(pairs, float).reshape(-1, 2).T
-  values = np.where(np.isfinite(values), values, np.nan)
+  shown = np.isfinite(values) & ((values > 0) | (not positive))
+  values = np.where(shown, values, np.nan)
   if len(steps) > MAX_POINTS:
     parts = np.array_split(np.arange(len(steps)), MAX_POINTS)
     steps = np.array([steps[p].mean() for p in parts])
     values = np.array([values[p].mean() for p in parts])
   return steps, values
+
+
+def log_axis(axes: Any, low: float, high: float) -> None:
+  """Makes the vertical axis logarithmic, with plain numbers, and enough of them."""
+  axes.set_yscale("log")
+  axes.set_ylim(low, high)
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_formatter("")
 
 
 def svg(draw: Callable[[Any], None], *, size: tuple[float, float], salt: str) -> str:
@@ -84,7 +99,8 @@ def svg(draw: Callable[[Any], None], *, size: tuple[float, float], salt: str) ->
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "axes.formatter.useoffset": False,
   }  # fmt: skip
-  with matplotlib.rc_context(style):
+  with matplotlib.rc_context(style), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts draw the text, not ours
     drawing = Figure(figsize=size, layout="constrained")
     drawing.patch.set_alpha(0)
     axes = drawing.add_subplot()
@@ -95,7 +111,7 @@ def svg(draw: Callable[[Any], None], *, size: tuple[float, float], salt: str) ->
   text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
   text = re.sub(r' id="(?!C\d)[A-Za-z0-9.]+_\d+"', "", text[text.index("<svg") :])
   text = re.sub(r'^<svg[^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text)
-  names = {INK: "currentColor", LINE: "var(--line)", PANEL: "var(--panel)"}
+  names = {INK: "currentColor", LINE: "var(--line)"}
   names |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
   for colour, name in names.items():
     text = text.replace(colour, name)
@@ -131,16 +147,22 @@ def image(pixels: np.ndarray, alt: str, kind: str) -> str:
   return f'<img class="{kind}" {size} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def project(features_ND: np.ndarray) -> np.ndarray | None:
-  """t-SNE in two dimensions, always the same; None where there is nothing to see."""
-  from sklearn.manifold import TSNE  # a second to import, and only the report needs it
+def project(features_ND: np.ndarray) -> tuple[np.ndarray, float] | None:
+  """The two principal directions of the unit-length features; None where all are the same.
 
+  Principal components, and not t-SNE: that took half a minute of these pages' few, and its
+  distances mean little.
+
+  Returns:
+    float64 [N, 2], and the share of the variance that the two hold.
+  """
   norm_N1 = np.linalg.norm(features_ND, axis=1, keepdims=True)
-  unit_ND = features_ND / np.maximum(norm_N1, 1e-12)
-  if len(unit_ND) < 10 or np.max(np.std(unit_ND, axis=0)) < 1e-6:
+  unit_ND = features_ND.astype(np.float64) / np.maximum(norm_N1, 1e-12)
+  unit_ND -= unit_ND.mean(axis=0, keepdims=True)
+  u_NK, s_K, _ = np.linalg.svd(unit_ND, full_matrices=False)
+  if len(s_K) < 2 or s_K[1] < 1e-5 * np.sqrt(len(unit_ND)):
     return None
-  perplexity = min(30.0, (len(unit_ND) - 1) / 3)
-  return TSNE(init="random", perplexity=perplexity, random_state=0).fit_transform(unit_ND)
+  return u_NK[:, :2] * s_K[:2].reshape(1, 2), float(np.sum(s_K[:2] ** 2) / np.sum(s_K**2))
 
 
 def spectrum(features_ND: np.ndarray) -> np.ndarray:
@@ -176,12 +198,13 @@ header p { margin: 6px 0 20px; color: var(--soft); }
 section { background: var(--panel); border-radius: 10px; padding: 16px 20px; margin: 0 0 16px; }
 h2 { font-size: 17px; margin: 0 0 10px; } figure { margin: 0; } svg { display: block; width: 100%; }
 svg text { font-family: inherit !important; }
-.note, .none { color: var(--soft); } .note { font-size: 13.5px; margin: 10px 0 0; max-width: 75ch; }
+.note, .none { color: var(--soft); } .note { font-size: 13.5px; margin: 10px 0 0; max-width: 90ch; }
 figcaption { font-size: 13.5px; font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr));
   gap: 18px 22px; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 500; }
-.results { width: 100%; font-variant-numeric: tabular-nums; }
+.results { width: 100%; table-layout: fixed; font-variant-numeric: tabular-nums; }
+.results th:first-child { width: 42%; }
 .results th, .results td { padding: 7px 10px 7px 0; vertical-align: top; }
 .results tr + tr { border-top: 1px solid color-mix(in srgb, var(--line) 35%, transparent); }
 .results .ours { font-size: 19px; font-weight: 650; } .results .ours th { font-weight: 650; }

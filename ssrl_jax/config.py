@@ -21,7 +21,8 @@ from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
 
-# Changing one of these between a run and its continuation cannot change what a step computes.
+# What may change between a run and its continuation. It cannot change what a step computes, but for
+# `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
             "data.threads", "data.dry_run")  # fmt: skip
 

@@ -139,7 +139,11 @@ def abstract_state(experiment: Experiment) -> TrainState:
 def create_state(experiment: Experiment) -> TrainState:
   """The state at step 0, made by a compiled function on the devices where it will live."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(experiment))
-  init = jax.jit(lambda k: init_state(experiment, k), out_shardings=shardings)
+  init = jax.jit(
+    lambda k: init_state(experiment, k),
+    out_shardings=shardings,
+    compiler_options=parallel.quick_compile(),
+  )
   return init(jax.random.key(experiment.config.seed))
 
 

@@ -21,11 +21,11 @@ from ml_collections import config_flags
 from ssrl_jax import parallel
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
-from ssrl_jax.experiment import build, open_split
+from ssrl_jax.experiment import abstract_state, build, open_split
 from ssrl_jax.optim import describe_groups
-from ssrl_jax.report import write_report
+from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import open_run_folder, write_results
-from ssrl_jax.train import abstract_state, num_parameters, train
+from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe, FILE or FILE:METHOD.", lock_config=True
@@ -76,8 +76,12 @@ def run(argv: list[str]) -> int:
     command=shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]]), started=started,
   )  # fmt: skip
   if config.evaluate.report:
-    write_report(folder, figures=collect(experiment, state, source, evaluated.evaluation))
-    say(f"report: {folder / 'report.html'}")
+    views, size = views_fed(experiment, state.key, source), embedding_size(experiment)
+    if evaluated.evaluation:
+      figures = gather(evaluated.evaluation, views=views, embedding_size=size)
+    else:
+      figures = Figures(views=views, embedding_size=size)
+    say(f"report: {write_report(folder, figures=figures)}")
   say(results_table(evaluated.results))
   return 0
 

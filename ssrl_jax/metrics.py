@@ -46,10 +46,22 @@ def health(embeddings_BP: Array, targets_BP: Array | None) -> dict[str, Array]:
 
 
 def first_non_finite(tree: Any) -> Array:
-  """int32: index, in the tree's order, of the first array with a NaN or infinity; -1 if none."""
-  bad = [~jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-  bad = jnp.stack(bad)
+  """int32: index, in the tree's order, of the first array with a NaN or infinity; -1 if none.
+
+  Also one whose sum of squares overflows float32 (values beyond 1e19): the sums are those that
+  `global_norm` needs anyway, so looking costs nothing more.
+  """
+  bad = jnp.stack([~jnp.isfinite(sum_squares(x)) for x in jax.tree.leaves(tree)])
   return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def sum_squares(x: Array) -> Array:
+  return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+
+def global_norm(tree: Any) -> Array:
+  """Length of all arrays of a tree as one vector."""
+  return jnp.sqrt(sum(sum_squares(x) for x in jax.tree.leaves(tree)))
 
 
 def collapse(figures: dict[str, float], num_dimensions: int) -> str | None:
@@ -104,12 +116,18 @@ class Writer:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
-  """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+  """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+
+  Raises:
+    ValueError: another line is damaged, which no kill does.
+  """
   path = Path(workdir) / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
   records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for number, line in enumerate(lines, start=1):
     try:
       records.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
+    except json.JSONDecodeError as error:
+      if number < len(lines):
+        raise ValueError(f"{path}, line {number} is damaged ({error}); remove that line") from error
   return records

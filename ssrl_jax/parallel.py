@@ -65,6 +65,14 @@ def state_shardings(abstract_state: Any, mesh: Mesh, *, fsdp: bool, min_size: in
   return jax.tree.map(rule, abstract_state)
 
 
+def quick_compile() -> dict[str, int] | None:
+  """Options of jax.jit for a program that runs once: on a CPU, compile it without optimising.
+
+  There an optimised initialisation takes ten times as long to compile as it takes to run.
+  """
+  return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's share of a batch -> global arrays, cut along the examples.
 

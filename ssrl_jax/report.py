@@ -192,10 +192,11 @@ def _training(metrics: list[dict[str, Any]]) -> str:
     charts.curves(metrics, "Terms of the loss", {t: t.removeprefix("loss/") for t in terms}),
     charts.curves(metrics, "Online probe, % of training views right", {"probe/accuracy": ""}),
     charts.curves(metrics, "Learning rate", {"learning_rate": ""}),
-    charts.curves(metrics, "Images a second", {"images_per_second": ""}),
+    charts.curves(metrics, "Images a second", {"images_per_second": ""}, limits=(0, None)),
     charts.curves(
       metrics, "Use of the device, %",
       {"mfu_percent": "of peak FLOP/s (MFU)", "data_wait_percent": "waiting for data"},
+      limits=(0, None),
     ),
   ]  # fmt: skip
   return _panels(drawn, metrics, ("loss", "probe/", "learning_rate", "images_per_second"))
@@ -204,23 +205,20 @@ def _training(metrics: list[dict[str, Any]]) -> str:
 def _health(metrics: list[dict[str, Any]], embedding_size: int | None) -> str:
   word, sentence = verdict(metrics, embedding_size)
   body = f'<p class="verdict {word.replace(" ", "-")}"><b>{escape(word)}</b> {escape(sentence)}</p>'
-  size = f" (of {embedding_size})" if embedding_size else ""
+  size = f" of {embedding_size}" if embedding_size else ""
+  floor = {"limits": (0, None)}
   drawn = [
+    charts.curves(metrics, "Spread (1: even, 0: all the same)", {"health/std": ""}, **floor),
+    charts.curves(metrics, "Mean |cosine| (1: all parallel)", {"health/cosine": ""}, **floor),
+    charts.curves(metrics, f"Effective dimensions{size}", {"health/rank": ""}, **floor),
     charts.curves(
-      metrics, "Spread and parallelism",
-      {"health/std": "deviation (1: fills the sphere, 0: all the same)",
-       "health/cosine": "mean |cosine| of two pictures (1: all parallel)"}, limits=(0, 1.05),
+      metrics, "Distance to target, 2 - 2 cos", {"health/target_distance": ""}, **floor
     ),
-    charts.curves(metrics, f"Effective dimensions{size}", {"health/rank": ""}, limits=(0, None)),
-    charts.curves(
-      metrics, "Norm of gradient and update",
-      {"health/grad_norm": "gradient", "health/update_norm": "update"}, log=True,
-    ),
-    charts.curves(metrics, "Distance to the target, 2 - 2 cos", {"health/target_distance": ""},
-            limits=(0, None)),
-  ]  # fmt: skip
+    charts.curves(metrics, "Norm of the gradient", {"health/grad_norm": ""}, log=True),
+    charts.curves(metrics, "Norm of the update", {"health/update_norm": ""}, log=True),
+  ]
   meaning = (
-    "Complete collapse gives every picture the same embedding: deviation near 0, |cosine| near 1. "
+    "Complete collapse gives every picture the same embedding: spread near 0, |cosine| near 1. "
     "Dimensional collapse keeps pictures apart in a few directions only: few effective dimensions, "
     "(Σe)²/Σe² of the covariance's eigenvalues e. A distance to the target that falls to 0 with "
     "either means that the target was met by saying nothing; a gradient norm that jumps comes "
@@ -242,7 +240,7 @@ def verdict(metrics: list[dict[str, Any]], embedding_size: int | None) -> tuple[
   if found:
     return "collapsed", f"At step {last['step']:,}: {found}."
   return "healthy", (
-    f"At step {last['step']:,} the embeddings of different pictures differ: deviation "
+    f"At step {last['step']:,} the embeddings of different pictures differ: spread "
     f"{last['health/std']:.2f} of 1, mean |cosine| {last['health/cosine']:.2f}, "
     f"{last['health/rank']:.1f} effective dimensions."
   )
@@ -311,30 +309,31 @@ def _projection(test: FeatureSet | None, class_names: Sequence[str]) -> str:
   if test is None:
     return _note("not recorded")
   rows = np.unique(np.linspace(0, len(test.ids) - 1, charts.MAX_PROJECTED).astype(int))
-  label_N, xy_N2 = test.labels[rows], charts.project(test.features[rows])
-  if xy_N2 is None:
-    return _note("Too few pictures, or features that are all the same: there is nothing to map.")
+  found = charts.project(test.features[rows])
+  if found is None:
+    return _note("The features of all test pictures are the same: there is nothing to map.")
+  label_N, (xy_N2, share) = test.labels[rows], found
 
   def draw(axes):
     axes.scatter(*xy_N2[label_N < 0].T, s=7, color=charts.LINE, linewidths=0)
     for i, label in enumerate(np.unique(label_N[label_N >= 0])):
       points = xy_N2[label_N == label]
       axes.scatter(*points.T, s=7, color=charts.CLASS_COLOURS[i % 10], linewidths=0, alpha=0.85)
-      if i < 20:
+      if i < 20:  # more names would hide the points
         place = points[np.argmin(np.sum((points - np.median(points, 0, keepdims=True)) ** 2, 1))]
         axes.text(
-          *place, _class_name(label, class_names), ha="center", va="center", weight="bold",
-          bbox={"facecolor": charts.PANEL, "alpha": 0.75, "linewidth": 0, "boxstyle": "round,pad=0.15"},
+          *place, _class_name(label, class_names), ha="center", va="center", color="#ffffff",
+          bbox={"facecolor": charts.CLASS_COLOURS[i % 10], "linewidth": 0, "pad": 2},
         )  # fmt: skip
     axes.set_axis_off()
     axes.set_aspect("equal", "datalim")
 
   note = (
-    f"t-SNE of the unit-length features of {len(rows):,} test pictures, one colour a class, the "
-    "name at the median point. Who stands beside whom means something; distances between groups, "
-    "and their sizes, do not."
+    f"The two principal directions of the unit-length features of {len(rows):,} test pictures, "
+    f"which hold {100 * share:.0f} % of their variance; a colour and a name for each class, the "
+    "name at its middle. Classes that overlap here may be apart in other directions."
   )
-  return f'<div class="map">{charts.svg(draw, size=(7, 5), salt="map")}</div>{_note(note)}'
+  return f'<div class="map">{charts.svg(draw, size=(7, 4.4), salt="map")}</div>{_note(note)}'
 
 
 def _spectrum(test: FeatureSet | None) -> str:
@@ -348,7 +347,7 @@ def _spectrum(test: FeatureSet | None) -> str:
   most = int(np.searchsorted(np.cumsum(share_D), 0.95)) + 1
 
   def draw(axes):
-    shown = share_D > 1e-9
+    shown = share_D > 1e-6
     axes.plot(
       np.arange(1, len(share_D) + 1)[shown], share_D[shown], color=charts.SERIES[0], linewidth=1.8
     )
@@ -357,7 +356,7 @@ def _spectrum(test: FeatureSet | None) -> str:
       f"{rank:.1f} effective", (rank, 1), xycoords=("data", "axes fraction"), xytext=(4, -3),
       textcoords="offset points", va="top", color=charts.SERIES[1],
     )  # fmt: skip
-    axes.set_yscale("log")
+    charts.log_axis(axes, max(share_D[shown].min() / 1.3, 1e-6), share_D[0] * 1.5)
     axes.set_xlabel("direction, the strongest first")
     axes.set_ylabel("share of the variance")
 
@@ -377,7 +376,7 @@ def _provenance(results: dict[str, Any], flat: dict[str, Any]) -> str:
   facts = {
     "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
     "devices": devices,
-    "wall time": _number(results.get("wall_seconds"), ",.1f", "unknown") + " s",
+    "seconds from start to here": _number(results.get("wall_seconds"), ",.1f", "unknown"),
     "pictures replaced as damaged": results.get("substituted"),
     "SHA-256 of the final state": results.get("state_digest"),
   }

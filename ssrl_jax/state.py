@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ssrl_jax import parallel
 from ssrl_jax.method import Array
 
 
@@ -33,7 +35,6 @@ def _plain(x: Array) -> Array:
   return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-@jax.jit
 def checksums(state: Any) -> list[Array]:
   """uint32 [2] for each array, computed where the array lives.
 
@@ -58,9 +59,14 @@ def checksums(state: Any) -> list[Array]:
   return [checksum(x) for x in jax.tree.leaves(state)]
 
 
+@functools.cache
+def _compiled_checksums():
+  return jax.jit(checksums, compiler_options=parallel.quick_compile())
+
+
 def checksum_table(state: Any) -> dict[str, list[int]]:
   """{path: two unsigned integers}: what a checkpoint keeps to be checked on restore."""
-  sums = jax.device_get(checksums(state))
+  sums = jax.device_get(_compiled_checksums()(state))
   return {name: [int(v) for v in s] for (name, _), s in zip(named_leaves(state), sums)}
 
 

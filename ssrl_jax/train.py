@@ -18,15 +18,15 @@ import optax
 
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.data.pipeline import train_batches
+from ssrl_jax.data.pipeline import Batches, train_batches
 from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, create_state
 from ssrl_jax.flops import count_flops, peak_flops
 from ssrl_jax.method import Array
-from ssrl_jax.metrics import Writer, collapse, first_non_finite, health
+from ssrl_jax.metrics import Writer, collapse, first_non_finite, global_norm, health
 from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
-from ssrl_jax.views import make_views
+from ssrl_jax.views import denormalise, make_views
 
 Batch = dict[str, Array]
 
@@ -62,8 +62,8 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
       **{f"loss/{name}": value for name, value in aux.metrics.items()},
       **probe_metrics,
       **health(aux.embeddings, aux.targets),
-      "health/grad_norm": optax.global_norm(grads),
-      "health/update_norm": optax.global_norm(updates),
+      "health/grad_norm": global_norm(grads),
+      "health/update_norm": global_norm(updates),
       "learning_rate": jnp.asarray(experiment.schedule(state.step), jnp.float32),
     }
     new_state = TrainState(
@@ -247,19 +247,9 @@ def train(
     f"({peak_name})"
   )
   writer = Writer(workdir, step=first, tensorboard=config.log.tensorboard)
-  guard = Guard(experiment, workdir, _embedding_size(experiment, abstract))
+  guard = Guard(experiment, workdir, embedding_size(experiment))
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
-  batches = train_batches(
-    source,
-    seed=config.seed,
-    batch_size=config.batch_size,
-    start_step=first,
-    canvas=config.data.canvas,
-    workers=config.data.workers,
-    threads=config.data.threads,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  batches = training_batches(experiment, source, start_step=first)
   latest: dict[str, float] = {}
 
   def settle(pending) -> None:
@@ -300,10 +290,43 @@ def train(
   return state, int(state.step) >= total
 
 
-def _embedding_size(experiment: Experiment, state: TrainState) -> int:
+def embedding_size(experiment: Experiment) -> int:
+  """Dimensions of what the health figures are computed of."""
   step = make_train_step(experiment)
-  *_, watched = jax.eval_shape(step, state, abstract_batch(experiment))
+  *_, watched = jax.eval_shape(step, abstract_state(experiment), abstract_batch(experiment))
   return watched["3_embeddings"].shape[-1]
+
+
+def views_fed(
+  experiment: Experiment, key: Array, source: Source, *, num_images: int = 8
+) -> dict[str, np.ndarray]:
+  """What the run's first images were fed in its first step: {name: uint8 [n, V, h, w, 3]}."""
+  config, specs = experiment.config, experiment.method.views
+  batches = training_batches(experiment, source, start_step=0)
+  batch = parallel.to_device(next(batches), experiment.mesh)
+  batches.close()
+  view_key, _ = step_keys(key, jnp.zeros((), jnp.int32))
+  views = jax.jit(lambda k, b: make_views(k, b, specs))(view_key, batch)
+  first = {name: views[name][:num_images] for name in views}
+  return {
+    name: np.asarray(denormalise(v, config.data.mean, config.data.std)) for name, v in first.items()
+  }
+
+
+def training_batches(experiment: Experiment, source: Source, *, start_step: int) -> Batches:
+  """This process's share of the batches from the update after `start_step` on."""
+  config = experiment.config
+  return train_batches(
+    source,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    start_step=start_step,
+    canvas=config.data.canvas,
+    workers=config.data.workers,
+    threads=config.data.threads,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
 
 
 def num_parameters(params: Any) -> int:

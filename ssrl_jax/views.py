@@ -91,8 +91,8 @@ def eval_view(
   *,
   size: int,
   crop: float,
-  mean: tuple[float, float, float],
-  std: tuple[float, float, float],
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
 ) -> Array:
   """The deterministic view for evaluation: torchvision's Resize and CenterCrop, then normalised.
 
@@ -123,8 +123,8 @@ def eval_view(
       _resize_weights(image_SSC.shape[i], size, start_2[i], size * scale_2[i], 0, extent_2[i])
       for i in range(2)
     )
-    image_HWC = _resample(image_SSC.astype(jnp.float32) / 255, rows_OH, cols_OW)
-    return normalise(image_HWC, mean, std)
+    canvas_SSC = image_SSC.astype(jnp.float32) / 255
+    return normalise(_resample(canvas_SSC, rows_OH, cols_OW), mean, std)
 
   return jax.vmap(one)(batch["image"], batch["extent"])
 
@@ -135,25 +135,18 @@ def denormalise(views: Array, mean: tuple[float, ...], std: tuple[float, ...]) -
   return jnp.round(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
 
 
-# What chance decides.
-
-
 def draw(key: Array, extent_2: Array, spec: ViewSpec, view: Array | int) -> Draws:
   """Draws view number `view` of one picture of height and width `extent_2`."""
   # One call for all the numbers: compiling a call costs far more than drawing a few too many.
   u = jax.random.uniform(key, (2 * TRIES + 12,))
   flip, jitter, *u_factors, greyscale, blur, sigma, solarise = u[2 * TRIES + 2 :]
   strengths = (spec.brightness, spec.contrast, spec.saturation)
-  factors = [
-    _between(u_factor, max(0.0, 1 - strength), 1 + strength)
-    for u_factor, strength in zip(u_factors, strengths)
-  ]
-  factors.append(_between(u_factors[3], -spec.hue, spec.hue))
+  ranges = [(max(0.0, 1 - x), 1 + x) for x in strengths] + [(-spec.hue, spec.hue)]
   return Draws(
     box=crop_box(u[: 2 * TRIES + 2], extent_2, area=spec.area, aspect=spec.aspect),
     flip=flip < spec.flip,
     jitter=jitter < spec.jitter,
-    factors=jnp.stack(factors),
+    factors=jnp.stack([_between(x, *low_high) for x, low_high in zip(u_factors, ranges)]),
     greyscale=greyscale < spec.greyscale,
     blur=blur < _of_view(spec.blur, spec.count)[view],
     sigma=_between(sigma, *spec.blur_sigma),
@@ -172,8 +165,7 @@ def crop_box(
   Args:
     u: float32 [2 * TRIES + 2], uniform in [0, 1): areas, aspect ratios, then top and left.
     extent_2: height and width of the picture.
-    area: range of the crop's share of the picture's area.
-    aspect: range of width over height, drawn log-uniformly.
+    area, aspect: ranges as in `ViewSpec`.
 
   Returns:
     float32 [4]: top, left, height, width, whole numbers inside the picture.
@@ -202,8 +194,8 @@ def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec) -> Ar
 
   An operation whose probability or strength is 0 in the spec is left out of the program.
   """
-  image_HWC = image_SSC.astype(jnp.float32) / 255
-  image_HWC = resized_crop(image_HWC, draws.box, draws.flip, size=spec.size)
+  canvas_SSC = image_SSC.astype(jnp.float32) / 255
+  image_HWC = resized_crop(canvas_SSC, draws.box, draws.flip, size=spec.size)
   if jitter_operations(spec):
     jittered_HWC = colour_jitter(image_HWC, draws.factors, order_J, jitter_operations(spec))
     image_HWC = jnp.where(draws.jitter, jittered_HWC, image_HWC)
@@ -323,10 +315,9 @@ def normalise(image_HWC: Array, mean: tuple[float, ...], std: tuple[float, ...])
 def _resample(image_HWC: Array, rows_OH: Array, cols_PW: Array) -> Array:
   """Weighs rows and columns, clips to [0, 1] (bicubic overshoots): [H, W, C] -> [O, P, C].
 
-  Two dense matrix products: on CPU as fast as reading only what is needed, and made for
-  accelerators. Their default precision there would cost more than a grey level.
+  Two dense products: as fast as `jax.image.scale_and_translate` on CPU, and what accelerators like.
   """
-  exact = jax.lax.Precision.HIGHEST
+  exact = jax.lax.Precision.HIGHEST  # else an accelerator rounds to bfloat16 or TensorFloat-32
   image_OWC = jnp.einsum("oh,hwc->owc", rows_OH, image_HWC, precision=exact)
   return jnp.clip(jnp.einsum("pw,owc->opc", cols_PW, image_OWC, precision=exact), 0, 1)
 
@@ -354,9 +345,6 @@ def _cubic(x: Array) -> Array:
   return jnp.where(x < 1, inner, jnp.where(x < 2, outer, 0))
 
 
-# Helpers and checks of the specs.
-
-
 def jitter_operations(spec: ViewSpec) -> tuple[int, ...]:
   """Indices of the jitter operations that the spec uses; none where its probability is 0."""
   strengths = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
@@ -379,8 +367,8 @@ def _channels(values: tuple[float, ...], rank: int) -> np.ndarray:
 
 def check_specs(specs: tuple[ViewSpec, ...]) -> None:
   """Raises ValueError, with the value and what was expected, for a spec that makes no sense."""
-  names = [spec.name for spec in specs]
-  if len(set(names)) < len(names):
+  if len({spec.name for spec in specs}) < len(specs):
+    names = [spec.name for spec in specs]
     raise ValueError(f"two views have the same name: {names}; give each spec a name of its own")
   for spec in specs:
     checks = {
@@ -391,7 +379,7 @@ def check_specs(specs: tuple[ViewSpec, ...]) -> None:
       ("brightness", "contrast", "saturation"): (lambda x: 0 <= x < np.inf, "0 or more"),
       ("hue",): (lambda x: 0 <= x <= 0.5, "a share of the colour circle from 0 to 0.5, e.g. 0.1"),
       ("blur", "solarise"): (
-        lambda x, n=spec.count: _are_probabilities(x, n),
+        lambda x, n=spec.count: isinstance(x, tuple) and len(x) in (1, n) and _is_probability(*x),
         f"a tuple of 1 or {spec.count} (count) probabilities from 0 to 1, e.g. (0.5,)",
       ),
       ("mean",): (lambda x: len(x) == 3, "3 values, one a channel"),
@@ -399,20 +387,13 @@ def check_specs(specs: tuple[ViewSpec, ...]) -> None:
     }
     for fields, (is_valid, expected) in checks.items():
       for field in fields:
-        value = getattr(spec, field)
-        if not is_valid(value):
+        if not is_valid(value := getattr(spec, field)):
           raise ValueError(f"view {spec.name!r}: {field} is {value!r}; expected {expected}")
 
 
 def _is_range(values: tuple[float, float], maximum: float = np.inf) -> bool:
-  ok = isinstance(values, tuple) and len(values) == 2
-  return ok and 0 < values[0] <= values[1] <= maximum
+  return isinstance(values, tuple) and len(values) == 2 and 0 < values[0] <= values[1] <= maximum
 
 
-def _is_probability(value: float) -> bool:
-  return 0 <= value <= 1
-
-
-def _are_probabilities(values: tuple[float, ...], count: int) -> bool:
-  ok = isinstance(values, tuple) and len(values) in (1, count)
-  return ok and all(map(_is_probability, values))
+def _is_probability(*values: float) -> bool:
+  return all(0 <= value <= 1 for value in values)

@@ -7,7 +7,7 @@ concrete form is ours; each part is a switch, and ablations are overrides:
   cross-scale fusion       encoder.fusion.enabled
   multi-view consistency   consistency_weight, views.global.count, views.local.count
   scale consistency        scale_weight (each scale alone must predict the target)
-  distribution constraint  constraint, constraint_weight
+  distribution constraint  constraint, constraint_weight, and scale_constraint_weight on each scale
   target branch            target = "views" (mean embedding of the image's global views) or
                            "momentum" (a moving average of the network sees the global views, and
                            an online predictor must meet its embedding of the other views)
@@ -42,7 +42,8 @@ class Network(nn.Module):
   def __call__(self, images: Array, train: bool):
     features = self.encoder(images, train)
     head = {"hidden": self.hidden_dim, "out": self.out_dim, "final_norm": False}
-    z_NP = MLP(layers=self.num_layers, name="projector", **head)(features.pooled, train)
+    h_ND = features.pooled if features.fused is None else features.fused
+    z_NP = MLP(layers=self.num_layers, name="projector", **head)(h_ND, train)
     q_NP = MLP(name="predictor", **head)(z_NP, train) if self.predict else z_NP
     scales_NSP = None
     if self.predict_scales and features.scales is not None:
@@ -60,13 +61,14 @@ def make(
   total_steps: int,
   target: str = "views",
   tau: float = 0.99,
-  consistency_weight: float = 1.0,
-  scale_weight: float = 0.5,
+  consistency_weight: float = 2.0,
+  scale_weight: float = 1.0,
   constraint: str = "coding_rate",
   constraint_weight: float = 1.0,
+  scale_constraint_weight: float = 0.5,
   eps: float = 0.2,
-  hidden_dim: int = 256,
-  out_dim: int = 128,
+  hidden_dim: int = 128,
+  out_dim: int = 64,
   num_layers: int = 2,
 ) -> Method:
   """The fusion system's Method.
@@ -77,7 +79,7 @@ def make(
     views: "global" with count >= 2, and optionally "local", which only the online branch sees.
     total_steps: length of tau's schedule.
     target: see above. tau: kept by the moving average at step 0, rising to 1 as half a cosine.
-    consistency_weight, scale_weight, constraint_weight: of the three terms.
+    consistency_weight, scale_weight, constraint_weight, scale_constraint_weight: of the terms.
     constraint: "coding_rate" (with distortion `eps`), "variance_covariance", "sigreg" or "none".
     hidden_dim, out_dim, num_layers: of the projector; predictor and scale heads have 2 layers.
   """
@@ -91,7 +93,8 @@ def make(
       f"fusion needs at least 2 global views; views.global.count is {views[0].count}"
     )
   momentum = target == "momentum"
-  network = Network(encoder, hidden_dim, out_dim, num_layers, momentum, scale_weight > 0)
+  use_scales = scale_weight > 0 or scale_constraint_weight > 0
+  network = Network(encoder, hidden_dim, out_dim, num_layers, momentum, use_scales)
 
   def init(key, views):
     variables = network.init(key, fold_views(views["global"]), True)
@@ -131,20 +134,25 @@ def make(
       centre_BVP = jnp.broadcast_to(local_centre_BVP, z_BVP.shape)
 
     pairs = [(q_BVP, scales_BVSP, centre_BVP)]
-    all_z = [z_BVP]
+    all_z, all_scales = [z_BVP], [scales_BVSP]
     if "local" in views:
       _, z, q, scales, stats = forward(params, stats, views["local"], keys[2])
       new_state |= stats
       pairs.append((q, scales, jnp.broadcast_to(local_centre_BVP, q.shape)))
       all_z.append(z)
+      all_scales.append(scales)
     terms = {
       "consistency": mean_over_views([cosine_distance(q, centre) for q, _, centre in pairs]),
       "constraint": constrain(jnp.concatenate(all_z, axis=1), constraint, eps, keys[3]),
     }
     total = consistency_weight * terms["consistency"] + constraint_weight * terms["constraint"]
     if scales_BVSP is not None:
+      scales_BVSP = jnp.concatenate(all_scales, axis=1)
+      every_scale = scales_BVSP.reshape(scales_BVSP.shape[0], -1, scales_BVSP.shape[-1])
       terms["scale"] = mean_over_views([scale_distance(s, c) for _, s, c in pairs])
-      total = total + scale_weight * terms["scale"]
+      terms["scale_constraint"] = constrain(every_scale, constraint, eps, keys[3])
+      total += scale_weight * terms["scale"]
+      total += scale_constraint_weight * terms["scale_constraint"]
     aux = Aux(
       method_state=new_state,
       metrics=terms,
@@ -181,9 +189,8 @@ def mean_over_views(distances: list[Array]) -> Array:
 
 
 def scale_distance(scales_BVSP: Array, centre_BVP: Array) -> Array:
-  """How far each scale's prediction is from the target, which gets no gradient; [B, V]."""
-  centre_BVSP = jax.lax.stop_gradient(centre_BVP)[:, :, None, :]
-  centre_BVSP = jnp.broadcast_to(centre_BVSP, scales_BVSP.shape)
+  """How far each scale's embedding is from the target, averaged over the scales; [B, V]."""
+  centre_BVSP = jnp.broadcast_to(centre_BVP[:, :, None, :], scales_BVSP.shape)
   return jnp.mean(cosine_distance(scales_BVSP, centre_BVSP), axis=-1)
 
 

@@ -22,7 +22,7 @@ from ssrl_jax.method import Array, Features
 from ssrl_jax.models.resnet import batch_norm, conv
 from ssrl_jax.models.vit import enlarge, shrink
 
-POOLED = ("both", "backbone", "fused")
+POOLED = ("both", "backbone", "fused", "scales")
 CONVS = ("none", "pointwise", "depthwise")
 
 
@@ -35,8 +35,10 @@ class FusionEncoder(nn.Module):
 
   backbone: nn.Module  # images, train -> Features
   width: int = 128
-  pooled: str = "both"  # concatenated: the backbone's pooled vector and the fused one; or either
-  skip: int = 0  # the finest maps of the backbone that are left out; they cost most
+  pooled: str = "both"  # the backbone's pooled vector and the fused one; either; or all "scales"
+  coarsen: int = (
+    0  # the finest maps that first are averaged to the next one's grid: saves most time
+  )
   conv: str = "none"  # at every node, with BatchNorm: "none", "pointwise" 1x1 or "depthwise" 3x3
   dtype: Any = jnp.float32
 
@@ -46,17 +48,19 @@ class FusionEncoder(nn.Module):
       if value not in valid:
         raise ValueError(f"{name} {value!r}: expected one of {valid}")
     features = self.backbone(images_BHWC, train)
-    strides = sorted(features.maps)[self.skip :]
-    if len(strides) < 2:
+    strides = sorted(features.maps)
+    if not 0 <= self.coarsen < len(strides):
       raise ValueError(
-        f"skip {self.skip} leaves {len(strides)} of the backbone's maps (strides "
-        f"{sorted(features.maps)}); at most {len(features.maps) - 2} can be left out"
+        f"coarsen {self.coarsen}: the backbone has maps of strides {strides}, of which 0 to "
+        f"{len(strides) - 1} can be averaged"
       )
+    grids = {s: max(s, strides[self.coarsen]) for s in strides}
     maps = {}
     for s in strides:
-      x_BHWF = conv(self.width, 1, dtype=self.dtype, name=f"project{s}")(features.maps[s])
+      x_BHWC = shrink(features.maps[s], grids[s] // s)
+      x_BHWF = conv(self.width, 1, dtype=self.dtype, name=f"project{s}")(x_BHWC)
       maps[s] = batch_norm(train, dtype=self.dtype, name=f"project{s}_norm")(x_BHWF)
-    maps = self._fuse(maps, strides, train)
+    maps = self._fuse(maps, grids, train)
     scales_BSF = jnp.stack(
       [jnp.mean(maps[s].astype(jnp.float32), axis=(1, 2)) for s in strides], axis=1
     )
@@ -65,20 +69,23 @@ class FusionEncoder(nn.Module):
       "both": jnp.concatenate([features.pooled, fused_BF], axis=-1),
       "backbone": features.pooled,
       "fused": fused_BF,
+      "scales": scales_BSF.reshape(scales_BSF.shape[0], -1),
     }[self.pooled]
+    # Where two scales share a grid, the map of the coarser one has seen the finer one's.
+    maps = {grids[s]: maps[s] for s in strides}
     return Features(pooled_BD, maps, features.attention, scales_BSF, fused_BF)
 
-  def _fuse(self, maps: dict[int, Array], strides: list[int], train: bool) -> dict[int, Array]:
+  def _fuse(self, maps: dict[int, Array], grids: dict[int, int], train: bool) -> dict[int, Array]:
     """Top-down, then bottom-up; a node with one input is that input (BiFPN)."""
-    down, up = dict(maps), {}
+    strides, down, up = sorted(maps), dict(maps), {}
     for coarse, fine in pairwise(reversed(strides)):
       _, H, W, _ = maps[fine].shape
       # A map has ceil(H / stride) rows: twice the coarse one's, or one less.
-      inputs = [maps[fine], enlarge(down[coarse], coarse // fine)[:, :H, :W]]
+      inputs = [maps[fine], enlarge(down[coarse], grids[coarse] // grids[fine])[:, :H, :W]]
       down[fine] = Node(self.conv, self.dtype, name=f"top_down{fine}")(inputs, train)
     up[strides[0]] = down[strides[0]]
     for fine, coarse in pairwise(strides):
-      inputs = [maps[coarse], shrink(up[fine], coarse // fine)]
+      inputs = [maps[coarse], shrink(up[fine], grids[coarse] // grids[fine])]
       if coarse != strides[-1]:
         inputs.append(down[coarse])
       up[coarse] = Node(self.conv, self.dtype, name=f"bottom_up{coarse}")(inputs, train)

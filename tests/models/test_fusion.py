@@ -183,12 +183,13 @@ def test_node_convolution_has_the_named_parameters(conv):
     assert node["Conv_0"]["kernel"].shape == kernel[conv]
 
 
-def test_skip_leaves_out_the_finest_maps():
-  model = FusionEncoder(RESNET, width=6, skip=1)
+def test_coarsen_averages_the_finest_map_and_keeps_its_scale():
+  model = FusionEncoder(RESNET, width=6, coarsen=1, pooled="scales")
   images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
   features, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, True), images)
-  assert list(features.maps) == [2, 4]
-  assert features.scales.shape == (2, 2, 6)
+  assert {s: m.shape for s, m in features.maps.items()} == {2: (2, 8, 8, 6), 4: (2, 4, 4, 6)}
+  assert features.scales.shape == (2, 3, 6)
+  assert features.pooled.shape == (2, 18)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_skip_leaves_out_the_finest_maps():
   [
     ({"pooled": "all"}, "pooled 'all'.*both.*backbone.*fused"),
     ({"conv": "3x3"}, "conv '3x3'.*none.*pointwise.*depthwise"),
-    ({"skip": 2}, "skip 2 leaves 1 of the backbone's maps.*at most 1 can"),
+    ({"coarsen": 3}, "coarsen 3: the backbone has maps of strides .*0 to 2 can be averaged"),
   ],
 )
 def test_bad_option_is_named(options, message):
@@ -231,7 +232,7 @@ def test_every_encoder_builds_abstractly(name, enabled):
     dtype="bfloat16",
     resnet={"width": 8, "stem": "cifar", "zero_init": True},
     vit={"patch": 8, "registers": 1, "position": "sincos", "drop_path": 0.1, "pool": "mean"},
-    fusion={"enabled": enabled, "width": 16, "pooled": "both", "skip": 0, "conv": "none"},
+    fusion={"enabled": enabled, "width": 16, "pooled": "both", "coarsen": 0, "conv": "none"},
   )
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   features, variables = jax.eval_shape(

@@ -122,6 +122,19 @@ def test_forward_equals_numpy(model):
     np.testing.assert_allclose(features.maps[8][b], coarse, **close)
 
 
+def test_block_equals_numpy_to_float32_precision():
+  # Tight: GELU's usual tanh approximation is off by up to 5e-4.
+  block = vit.Block(heads=2, drop_path=0.0, dtype=jnp.float32)
+  x = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
+  variables = random_variables(block, x.shape)
+  y, attention = apply(block, variables, x)
+  params = jax.tree.map(lambda p: np.asarray(p, np.float64), variables["params"])
+  for b in range(2):
+    expected, weights = block64(x[b].astype(np.float64), params, heads=2)
+    np.testing.assert_allclose(y[b], expected, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(attention[b], weights, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("patch", "side", "rows"),
   [

@@ -1,0 +1,333 @@
+"""What every method must do. A new method is tested by its line in METHODS; its options, in CASES.
+
+Tiny everywhere: ResNet-8 of width 4, 16 pixels, 8 images, so that 8 devices hold one image each.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import smoke
+from ssrl_jax import parallel
+from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.config import view_group
+from ssrl_jax.experiment import abstract_state, build, create_state
+from ssrl_jax.method import Method
+from ssrl_jax.methods import METHODS
+from ssrl_jax.state import TrainState, named_leaves, state_digest
+from ssrl_jax.train import abstract_views, compile_step
+
+LOCAL = {"views.local": view_group(count=2, size=8)}
+# id -> method, overrides of the config. Together they meet every value of every switch.
+CASES = {name: (name, {}) for name in METHODS} | {
+  "fusion momentum variance_covariance local": (
+    "fusion",
+    {"method.target": "momentum", "method.constraint": "variance_covariance", **LOCAL},
+  ),
+  "fusion views sigreg plain-encoder local": (
+    "fusion",
+    {"method.constraint": "sigreg", "encoder.fusion.enabled": False, **LOCAL},
+  ),
+  "fusion momentum none plain-encoder": (
+    "fusion",
+    {"method.target": "momentum", "method.constraint": "none", "encoder.fusion.enabled": False},
+  ),
+}
+BATCH = 8
+
+
+def make_config(method, overrides):
+  c = smoke.get_config(method)
+  c.update({"batch_size": BATCH, "steps": 20})
+  c.data.canvas = c.evaluate.size = 16
+  c.views["global"].update({"size": 16})
+  c.encoder.resnet.update({"width": 4, "zero_init": False})  # else many gradients start at zero
+  c.encoder.fusion.width = 6
+  c.method.update({k: v for k, v in {"hidden_dim": 12, "out_dim": 6}.items() if k in c.method})
+  c.mesh.devices = 1
+  for key, value in overrides.items():
+    *groups, last = key.split(".")
+    group = c
+    for name in groups:
+      group = group[name]
+    group[last] = value
+  return c
+
+
+def make_experiment(method, overrides):
+  return build(make_config(method, overrides), num_examples=128, num_classes=10)
+
+
+def make_views(experiment):
+  """Noise pictures; the views of one differ by less than two pictures do."""
+  rng, views = np.random.default_rng(0), {}
+  for name, shape in abstract_views(experiment).items():
+    pictures = rng.normal(size=(shape.shape[0], 1, *shape.shape[2:]))
+    views[name] = (pictures + 0.5 * rng.normal(size=shape.shape)).astype(np.float32)
+  return views
+
+
+def loss_and_gradients(method, *, num_devices):
+  """Compiled (params, method_state, views, key, step) -> (loss, aux), gradients of the first two."""
+  mesh = parallel.make_mesh(num_devices)
+  whole, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+  gradients = jax.value_and_grad(method.loss, argnums=(0, 1), has_aux=True, allow_int=True)
+  return jax.jit(gradients, in_shardings=(whole, whole, cut, whole, whole), out_shardings=whole)
+
+
+class Case(NamedTuple):
+  method: Method
+  state: TrainState  # at step 0
+  inputs: tuple  # of loss_and_gradients
+  output: tuple  # on one device
+  losses: list[float]  # of steps on this one batch
+  trained: tuple  # params, method_state after them
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+  experiment = make_experiment(*CASES[request.param])
+  method, state = experiment.method, create_state(experiment)
+  views, key, step = make_views(experiment), jax.random.key(7), jnp.zeros((), jnp.int32)
+  inputs = jax.device_get((state.params, state.method_state, views)) + (key, step)
+  compiled = loss_and_gradients(method, num_devices=1)
+  output = compiled(*inputs)
+
+  optimizer = optax.adam(3e-3)
+
+  @jax.jit
+  def update(params, method_state, gradients, opt_state, step):
+    updates, opt_state = optimizer.update(gradients, opt_state)
+    params = optax.apply_updates(params, updates)
+    return params, method.after_update(params, method_state, step), opt_state
+
+  params, method_state = state.params, state.method_state
+  opt_state, losses = optimizer.init(params), []
+  for step in range(15):
+    (loss, aux), (gradients, _) = compiled(params, method_state, views, key, jnp.int32(step))
+    losses.append(float(loss))
+    params, method_state, opt_state = update(
+      params, aux.method_state, gradients, opt_state, jnp.int32(step)
+    )
+  return Case(method, state, inputs, output, losses, (params, method_state))
+
+
+def assert_close(got, expected, *, scale=0.0):
+  """Arrays of both trees agree to 1e-4 of the array's own norm, or 1e-6 of `scale`."""
+  for (name, x), (_, y) in zip(named_leaves(got), named_leaves(expected), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    error, norm = np.linalg.norm(x - y), np.linalg.norm(y)
+    assert error <= 1e-4 * norm + 1e-6 * scale, (name, error, norm)
+
+
+def assert_equal(got, expected):
+  for (name, x), (_, y) in zip(named_leaves(got), named_leaves(expected), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_everything_can_be_traced_without_computing(name):
+  experiment = make_experiment(*CASES[name])
+  state = abstract_state(experiment)
+  arguments = state.params, state.method_state, abstract_views(experiment), state.key, state.step
+  loss, aux = jax.eval_shape(experiment.method.loss, *arguments)
+  assert loss.shape == ()
+  assert {v.shape for v in aux.metrics.values()} <= {()}
+  assert aux.features.shape[0] == aux.embeddings.shape[0] == BATCH
+  assert aux.targets is None or aux.targets.shape == aux.embeddings.shape
+  # Nothing changes its shape or type in a step: the state can be donated and the step repeated.
+  after = jax.eval_shape(experiment.method.after_update, state.params, aux.method_state, state.step)
+  plain = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+  assert plain(after) == plain(state.method_state)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_encoder_may_need_randomness(name):
+  experiment = make_experiment(
+    name,
+    {
+      "encoder.name": "vit_nano",
+      "encoder.vit.patch": 4,
+      "encoder.vit.drop_path": 0.1,
+      "encoder.fusion.enabled": False,
+    },
+  )
+  state = abstract_state(experiment)
+  arguments = state.params, state.method_state, abstract_views(experiment), state.key, state.step
+  assert jax.eval_shape(experiment.method.loss, *arguments)[0].shape == ()
+
+
+def test_loss_falls_on_a_fixed_batch(case):
+  assert np.all(np.isfinite(case.losses))
+  assert np.mean(case.losses[-3:]) < case.losses[0] - 0.1 * abs(case.losses[0])
+
+
+def test_one_device_and_eight_agree_on_loss_gradients_and_state(case):
+  eight = loss_and_gradients(case.method, num_devices=8)(*case.inputs)
+  (loss1, aux1), (gradients1, _) = case.output
+  (loss8, aux8), (gradients8, _) = eight
+  np.testing.assert_allclose(loss8, loss1, rtol=1e-4)
+  assert_close(gradients8, gradients1, scale=float(optax.tree.norm(gradients1)))
+  assert_close(aux8, aux1, scale=1.0)
+
+
+def test_every_parameter_of_the_encoder_gets_a_gradient(case):
+  _, (gradients, _) = case.output
+  missing = [name for name, g in named_leaves(gradients) if not np.any(np.asarray(g))]
+  assert not missing
+
+
+def test_no_gradient_reaches_what_is_not_trained(case):
+  _, (_, gradients) = case.output
+  for name, gradient in named_leaves(gradients):
+    if gradient.dtype != jax.dtypes.float0:
+      assert not np.any(np.asarray(gradient)), name
+
+
+def target_params(method_state):
+  return [(n, x) for n, x in named_leaves(method_state) if n.startswith("target/params/")]
+
+
+def test_target_moves_by_its_average_and_by_nothing_else(case):
+  """tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2 of BYOL, K = 20 steps, base 0.99."""
+  _, method_state, *_ = case.inputs
+  aux = case.output[0][1]
+  before, after_loss = target_params(method_state), target_params(aux.method_state)
+  assert_equal(dict(after_loss), dict(before))
+  params, _ = case.trained  # another network than the target
+  for step in (0, 7, 20):
+    moved = target_params(jax.jit(case.method.after_update)(params, method_state, jnp.int32(step)))
+    tau = 1 - (1 - 0.99) * (np.cos(np.pi * step / 20) + 1) / 2
+    online = dict(named_leaves(params))
+    for (name, new), (_, old) in zip(moved, before, strict=True):
+      expected = tau * old.astype(np.float64) + (1 - tau) * np.asarray(
+        online[name.removeprefix("target/params/")], np.float64
+      )
+      np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_update_leaves_the_rest_of_the_state_alone(case):
+  params, method_state = case.trained
+  after = case.method.after_update(params, method_state, jnp.int32(3))
+  moving = dict(target_params(method_state)).keys()
+  rest = [(n, x) for n, x in named_leaves(method_state) if n not in moving]
+  assert_equal({n: x for n, x in named_leaves(after) if n not in moving}, dict(rest))
+
+
+def test_encode_is_pure_and_sees_each_image_alone(case):
+  params, method_state = case.trained
+  before = state_digest((params, method_state))
+  images = case.inputs[2]["global"][:, 0]
+  encode = jax.jit(case.method.encode)
+  features = encode(params, method_state, images)
+  assert_equal(encode(params, method_state, images), features)
+  assert state_digest((params, method_state)) == before
+  assert features.pooled.dtype == jnp.float32
+  for i in (0, 5):
+    alone = encode(params, method_state, images[i : i + 1])
+    for (name, x), (_, y) in zip(named_leaves(alone), named_leaves(features), strict=True):
+      np.testing.assert_allclose(x[0], y[i], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_loss_is_a_function_of_its_arguments(case):
+  compiled = loss_and_gradients(case.method, num_devices=1)
+  assert_equal(compiled(*case.inputs)[0], case.output[0])
+
+
+def test_state_survives_a_checkpoint_byte_for_byte(case, tmp_path):
+  params, method_state = case.trained
+  state = case.state._replace(params=params, method_state=method_state)
+  checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
+  checkpoints.save(state, step=15, score=0.0)
+  checkpoints.wait()
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  assert state_digest(checkpoints.restore(shapes)) == state_digest(state)
+  checkpoints.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_and_plain_loss_agree(name):
+  experiment = make_experiment(*CASES[name])
+  state, views = create_state(experiment), make_views(experiment)
+  arguments = state.params, state.method_state, views, jax.random.key(7), state.step
+  compiled = jax.jit(experiment.method.loss)(*arguments)
+  with jax.disable_jit():
+    plain = experiment.method.loss(*arguments)
+  assert_close(plain, compiled, scale=1.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_stays_finite_and_keeps_parameters_in_float32(name):
+  experiment = make_experiment(name, {"encoder.dtype": "bfloat16"})
+  state, views = create_state(experiment), make_views(experiment)
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+  (loss, aux), (gradients, _) = loss_and_gradients(experiment.method, num_devices=1)(
+    state.params, state.method_state, views, jax.random.key(7), state.step
+  )
+  assert loss.dtype == jnp.float32
+  for path, x in named_leaves((loss, aux, gradients)):
+    assert np.all(np.isfinite(np.asarray(x, np.float32))), path
+  assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_probe_cannot_influence_the_encoder(name):
+  """Other labels and other weights of the probe: the same bytes of everything else."""
+  experiment = make_experiment(*CASES[name])
+  step = compile_step(experiment, abstract_state(experiment))
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8),
+    "extent": np.full((BATCH, 2), 16, np.int32),
+    "id": np.arange(BATCH, dtype=np.int64),
+    "substituted": np.zeros(BATCH, np.bool_),
+  }
+
+  def run(labels, kernel):
+    state = create_state(experiment)
+    probe = state.probe._replace(params=jax.tree.map(lambda x: x + kernel, state.probe.params))
+    state = state._replace(probe=probe)
+    for _ in range(2):
+      arrays = parallel.to_device(batch | {"label": labels}, experiment.mesh)
+      state, metrics = step(state, arrays)
+    return state, metrics
+
+  zeros = np.zeros(BATCH, np.int32)
+  (one, metrics_one), (two, metrics_two) = run(zeros, 0.0), run(zeros - 1, 5.0)
+  assert int(metrics_one["first_non_finite"]) == -1
+  assert metrics_one["probe/loss"] != metrics_two["probe/loss"]
+  assert state_digest(one.probe) != state_digest(two.probe)
+  assert state_digest(one._replace(probe=())) == state_digest(two._replace(probe=()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_views_that_a_method_cannot_use_are_refused(name):
+  for overrides in (
+    {"views.global": view_group(count=0)},
+    {"views.global": view_group(count=1)},
+    {"views.global": view_group(count=0), **LOCAL},
+  ):
+    with pytest.raises(ValueError, match=rf"{name}.* global views"):
+      make_experiment(name, overrides)
+
+
+@pytest.mark.parametrize(
+  ("name", "option", "value"),
+  [("fusion", "constraint", "coding_rates"), ("fusion", "target", "moment")],
+)
+def test_unknown_option_is_refused_with_the_known_ones(name, option, value):
+  known = CASES[name][0] and make_config(name, {})["method"][option]
+  with pytest.raises(ValueError, match=rf"{value}.*{known}"):
+    make_experiment(name, {f"method.{option}": value})
+
+
+def test_simclr_takes_no_local_views():
+  with pytest.raises(ValueError, match=r"simclr takes 2 global views and no others.*2 local"):
+    make_experiment("simclr", LOCAL)

@@ -1,0 +1,156 @@
+import importlib
+import json
+import pathlib
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from ssrl_jax.config import base_config, changed_keys, flatten, keyword_defaults, view_group
+from ssrl_jax.experiment import abstract_state, build, view_specs
+from ssrl_jax.method import ViewSpec
+from ssrl_jax.methods import METHODS
+from ssrl_jax.run_folder import load_config, open_run_folder
+
+RECIPES = sorted(
+  p.stem
+  for p in (pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py")
+  if p.stem != "__init__"
+)
+
+
+def recipe(name, method):
+  return importlib.import_module(f"configs.{name}").get_config(method)
+
+
+def test_recipes_are_found():
+  assert {"smoke", "digits", "cifar10", "imagenet"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_builds_abstractly(name, method):
+  config = recipe(name, method)
+  num_examples = config.data.num_train or config.data.dry_run_examples
+  num_classes = config.data.dry_run_classes
+  experiment = build(config, num_examples=num_examples, num_classes=num_classes)
+  assert experiment.total_steps > config.optim.warmup_epochs * experiment.steps_per_epoch
+  state = abstract_state(experiment)
+  assert state.probe.params["kernel"].shape[1] == num_classes
+  assert {str(p.dtype) for p in jax.tree.leaves(state.params)} == {"float32"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_decides_only_knobs_that_exist(name, method):
+  assert flatten(recipe(name, method)).keys() == flatten(base_config(method)).keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_says_what_it_is(name):
+  header = importlib.import_module(f"configs.{name}").__doc__
+  for part in ("Command", f"configs/{name}.py", "Hardware", "Expected", "Status"):
+    assert part in header
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("simclear", "simclr"), ("fuson", "fusion")])
+def test_unknown_method_suggests_the_nearest(typo, meant):
+  with pytest.raises(ValueError, match=f"unknown method '{typo}'; did you mean '{meant}'"):
+    base_config(typo)
+
+
+def test_unknown_method_lists_all_where_none_is_near():
+  with pytest.raises(ValueError, match=r"unknown method 'q'; known: .*simclr"):
+    base_config("q")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_group_is_the_factory_s_own_arguments(method):
+  assert base_config(method).method.to_dict() == {
+    "name": method, **keyword_defaults(METHODS[method])
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["method.temprature", "encoder.resnet.widht", "optim.rate"])
+def test_key_that_nothing_reads_is_refused(key):
+  config = recipe("smoke", "simclr")
+  *groups, unknown = key.split(".")
+  group = config
+  for name in groups:
+    group = group[name]
+  group[unknown] = 1
+  with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
+    build(config, num_examples=128, num_classes=10)
+
+
+def test_value_of_another_type_is_refused():
+  with pytest.raises(TypeError, match="batch_size"):
+    base_config("simclr").batch_size = "many"
+
+
+def test_view_group_names_the_nearest_field():
+  assert view_group(size=8).size == 8
+  with pytest.raises(ValueError, match="unknown field of a view 'sise'; did you mean 'size'"):
+    view_group(sise=8)
+
+
+def test_view_specs_are_those_with_a_count_and_carry_the_data_s_statistics():
+  config = base_config("fusion")
+  config.data.mean, config.data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+  statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+  assert view_specs(config) == (ViewSpec("global", **statistics),)
+  config.views["local"] = view_group(count=3, size=16)
+  assert view_specs(config)[1] == ViewSpec("local", count=3, size=16, **statistics)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_config_survives_json(name, tmp_path):
+  config = recipe(name, "fusion")
+  assert changed_keys(json.loads(json.dumps(config.to_dict())), config) == []
+  open_run_folder(tmp_path, config, allow_change=False)
+  loaded = load_config(tmp_path)
+  assert flatten(loaded) == flatten(config)
+  assert view_specs(loaded) == view_specs(config)  # tuples again, not JSON's lists
+  open_run_folder(tmp_path, loaded, allow_change=False)  # the same run
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    "log.every_steps", "checkpoint.every_steps", "checkpoint.keep", "evaluate.batch_size",
+    "evaluate.knn.k", "mesh.devices", "epochs", "steps", "data.workers", "data.threads",
+    "data.dry_run_examples",
+  ],
+)  # fmt: skip
+def test_harmless_change_is_none(change):
+  assert changed_keys(base_config("simclr"), with_change(change)) == []
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    "seed", "batch_size", "data.canvas", "data.num_train", "data.seed_subset",
+    "optim.learning_rate", "optim.warmup_epochs", "probe.learning_rate", "method.temperature",
+    "encoder.resnet.width", "views.global.size", "views.local.count",
+  ],
+)  # fmt: skip
+def test_change_of_the_computation_is_named_with_both_values(change):
+  old, new = base_config("simclr"), with_change(change)
+  before, after = flatten(old)[change], flatten(new)[change]
+  assert changed_keys(old, new) == [f"{change}: {before} -> {after}"]
+
+
+def with_change(key):
+  config = base_config("simclr")
+  *groups, last = key.split(".")
+  group = config
+  for name in groups:
+    group = group[name]
+  group[last] = group[last] + 1
+  return config
+
+
+def test_key_that_only_one_config_has_is_a_change():
+  old, new = ConfigDict({"a": 1}), ConfigDict({"a": 1, "b": {"c": 2}})
+  assert changed_keys(old, new) == ["b.c: absent -> 2"]
+  assert changed_keys(new, old) == ["b.c: 2 -> absent"]
