@@ -77,11 +77,10 @@ class Method(NamedTuple):
 
 def global_spec(views: tuple[ViewSpec, ...], *, method: str, count: int) -> ViewSpec:
   """The only spec of a method that takes `count` global views and no local ones."""
-  (spec, *others) = views
-  if spec.name != "global" or spec.count != count or others:
-    got = ", ".join(f"{v.count} {v.name}" for v in views)
+  if [(v.name, v.count) for v in views] != [("global", count)]:
+    got = ", ".join(f"{v.count} {v.name}" for v in views) or "none"
     raise ValueError(f"{method} takes {count} global views and no others, but views are: {got}")
-  return spec
+  return views[0]
 
 
 def fold_views(views_BVHWC: Array) -> Array:

@@ -81,6 +81,8 @@ def evaluate_run(
     mean=config.data.mean,
     std=config.data.std,
     batch_size=config.evaluate.batch_size,
+    workers=config.data.workers,
+    threads=config.data.threads,
   )
   encoders = {"trained": trained}
   if config.evaluate.controls:
