@@ -89,6 +89,7 @@ def write_results(
       "state_digest": digest,
       "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
       "wall_seconds": time.time() - started,
+      "cpu_seconds": time.process_time(),  # of this process, over all its threads
       "substituted": int(state.substituted),
       "command": command,
       "devices": hardware(),

@@ -31,16 +31,17 @@ SIZES = (16, 128)  # smallest legible scene; largest at which the atlas below do
 CACHE_BYTES = 2**30  # a larger set of scenes is rendered anew at every access
 
 # Lengths are fractions of the scene's side, levels are luminances in [0, 1], angles are radians.
-SIDE = (0.45, 0.7)  # of the digit's 8 cells
-ANGLE = 0.25  # at most, either way; beyond a right angle 6 and 9 would be the same
-GROUND_LEVEL = (0.15, 0.4)  # mean of the background; half of all scenes are inverted afterwards
+# Clutter differs from the ground in colour more than in level: a reader is hardly disturbed, and
+# neither are views that change colours and take them away, but raw pixels are.
+SIDE = (0.4, 0.65)  # of the digit's 8 cells
+ANGLE = 0.2  # at most, either way; beyond a right angle 6 and 9 would be the same
+GROUND_LEVEL = (0.2, 0.45)
 PAINT_LEVEL = (0.75, 0.95)  # of the digit
-CHROMA = 0.6  # strength of the random colours; at 0 everything is grey
-COARSE, FINE = 0.2, 0.08  # amplitude of smooth shading and of stripes
-NUM_STROKES, NUM_FRAGMENTS = 2, 1
-CLUTTER_CONTRAST = 0.2  # of strokes and fragments against the mean of the background
+VIVID = (0.5, 1)  # strength of a colour, of the most that its level allows
+SHADING = 0.1  # amplitude in level: of blobs and a slope together, and half as much of stripes
+NUM_STROKES, NUM_FRAGMENTS = 3, 2
+CLUTTER_CONTRAST = 0.08  # in level, of strokes and fragments against the ground
 NOISE = 0.05
-INVERTED = 0.5  # probability of a dark digit on a light ground
 MIN_INK = 0.1  # fainter coverage is not painted: the mask is then all that the digit touches
 
 CELL = 10  # atlas pixels to a cell, so that nearest look-up is off by at most 1/20 of a cell
@@ -143,8 +144,6 @@ def _layers(seed: int, index: int, split: str, size: int):
   label = int(rng.random() * len(CLASS_NAMES))
   ink = _digit(rng, glyphs[_choice(rng, members[label])], size)
   paint = _colour(rng, _between(rng, *PAINT_LEVEL))
-  if rng.random() < INVERTED:
-    ground, paint = 1 - ground, 1 - paint
   noise = NOISE * (2 * rng.random((size, size, 3), dtype=np.float32) - 1)  # last: depends on size
   return ground, ink, paint, noise, label
 
@@ -170,9 +169,11 @@ def _choice(rng: np.random.Generator, items: np.ndarray) -> np.ndarray:
 
 
 def _colour(rng: np.random.Generator, level: float) -> np.ndarray:
-  """A random colour [1, 1, 3] of luminance `level`, as far as its channels stay in [0, 1]."""
+  """A random colour [1, 1, 3] of luminance `level`, as vivid as that level allows or less."""
   rgb = rng.random(3, dtype=np.float32)
-  return np.clip(level + CHROMA * (rgb - LUMINANCE_3 @ rgb), 0, 1).reshape(1, 1, 3)
+  tint = rgb - LUMINANCE_3 @ rgb
+  room = np.min(np.where(tint > 0, 1 - level, level) / np.abs(tint))
+  return (level + tint * room * _between(rng, *VIVID)).astype(np.float32).reshape(1, 1, 3)
 
 
 def _clutter_colour(rng: np.random.Generator, level: float) -> np.ndarray:
@@ -193,10 +194,10 @@ def _texture(rng: np.random.Generator, level: float, size: int) -> np.ndarray:
   blobs = tent @ (2 * rng.random((5, 5), dtype=np.float32) - 1) @ tent.T
   slope = (x - 0.5) * _between(rng, -1, 1) + (y - 0.5) * _between(rng, -1, 1)
   weights = rng.random(3)
-  shade = 1.5 * COARSE * (weights[0] * blobs + weights[1] * slope) + FINE * weights[2] * stripes
+  shade = weights[0] * blobs + weights[1] * slope + 0.5 * weights[2] * stripes
+  mix = np.clip(0.5 + 2 * slope + blobs + 0.5 * weights[2] * stripes, 0, 1)
   first, second = _colour(rng, level), _colour(rng, level)
-  mix = np.clip(0.5 + 2 * slope + blobs, 0, 1)
-  return first + mix[..., None] * (second - first) + shade[..., None]
+  return first + mix[..., None] * (second - first) + SHADING * shade[..., None]
 
 
 def _stroke(rng: np.random.Generator, size: int) -> np.ndarray:
