@@ -27,7 +27,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.encoder.name = "resnet8"
   c.encoder.dtype = "float32"
   c.encoder.resnet.width = 16
-  c.encoder.fusion.update({"width": 64, "pooled": "scales", "coarsen": 1})
+  c.encoder.fusion.update({"width": 64, "coarsen": 1})
   c.data.num_train = 5000
   c.data.threads = 2
   c.views["global"] = view_group(

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets. The first entry counts
-# that a device's kind starts with: "TPU v5 lite" before "TPU v5", as a v5p calls itself.
+# Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets. Of the entries that
+# a device's kind starts with the first counts: "TPU v5 lite" before "TPU v5", which is a v5p.
 PEAK_FLOPS = {
   "NVIDIA H200": 989e12,
   "NVIDIA H100": 989e12,

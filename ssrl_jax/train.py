@@ -276,11 +276,12 @@ def train(
         if pending:  # the step before this one: its metrics come while this one runs
           settle(pending)
         pending = (step, metrics, batch["id"])
-        if step % config.checkpoint.every_steps == 0 or step == total or stopped():
+        stop = stopped()
+        if step % config.checkpoint.every_steps == 0 or step == total or stop:
           settle(pending)
           pending = None
           checkpoints.save(state, step=step, score=latest.get("probe/accuracy", 0.0))
-        if stopped():
+        if stop:
           break
       checkpoints.wait()
     finally:

@@ -107,6 +107,16 @@ def test_first_non_finite_is_the_first_in_the_tree_s_order(bad, where, index):
   assert found.dtype == jnp.int32
 
 
+def test_first_non_finite_counts_what_float32_cannot_square():
+  assert int(first_non_finite({"a": np.float32(1e18), "b": np.float32(1e20)})) == 1
+
+
+def test_global_norm_is_that_of_one_long_vector():
+  tree = {"a": sphere(5, 3), "b": np.arange(4, dtype=np.int32), "c": jnp.ones(2, jnp.bfloat16)}
+  vector = np.concatenate([np.asarray(x, np.float64).ravel() for x in tree.values()])
+  np.testing.assert_allclose(metrics.global_norm(tree), np.linalg.norm(vector), rtol=1e-6)
+
+
 def lines(folder):
   return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

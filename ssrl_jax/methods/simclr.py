@@ -45,6 +45,8 @@ def make(
     hidden_dim, out_dim, num_layers: of the projector; the paper's first version has 2 layers.
   """
   del total_steps
+  if temperature <= 0:
+    raise ValueError(f"simclr: temperature is {temperature}; it must be positive, e.g. 0.1")
   spec = global_spec(views, method="simclr", count=2)
   network = Network(encoder, MLP(hidden=hidden_dim, out=out_dim, layers=num_layers))
 
@@ -53,12 +55,13 @@ def make(
     return variables["params"], {"batch_stats": variables.get("batch_stats", {})}
 
   def loss(params, method_state, views, key, step):
-    del key, step
+    del step
     (features, z_NP), mutated = network.apply(
       {"params": params, **method_state},
       fold_views(views[spec.name]),
       True,
       mutable=["batch_stats"],
+      rngs={"dropout": key},
     )
     z_BVP = unfold_views(z_NP, 2)
     loss_B = objective(z_BVP[:, 0], z_BVP[:, 1], temperature)

@@ -22,7 +22,14 @@ from ssrl_jax.method import Array, Features
 from ssrl_jax.models.resnet import batch_norm, conv
 from ssrl_jax.models.vit import enlarge, shrink
 
-POOLED = ("both", "backbone", "fused", "scales")
+# What `pooled` concatenates: the backbone's own vector, the fused one, the vectors of all scales.
+POOLED = {
+  "backbone": ("backbone",),
+  "fused": ("fused",),
+  "scales": ("scales",),
+  "backbone_fused": ("backbone", "fused"),
+  "backbone_scales": ("backbone", "scales"),
+}
 CONVS = ("none", "pointwise", "depthwise")
 
 
@@ -35,7 +42,7 @@ class FusionEncoder(nn.Module):
 
   backbone: nn.Module  # images, train -> Features
   width: int = 128
-  pooled: str = "both"  # the backbone's pooled vector and the fused one; either; or all "scales"
+  pooled: str = "backbone_scales"  # a key of POOLED
   coarsen: int = (
     0  # the finest maps that first are averaged to the next one's grid: saves most time
   )
@@ -46,7 +53,7 @@ class FusionEncoder(nn.Module):
   def __call__(self, images_BHWC: Array, train: bool) -> Features:
     for name, value, valid in (("pooled", self.pooled, POOLED), ("conv", self.conv, CONVS)):
       if value not in valid:
-        raise ValueError(f"{name} {value!r}: expected one of {valid}")
+        raise ValueError(f"{name} {value!r}: expected one of {tuple(valid)}")
     features = self.backbone(images_BHWC, train)
     strides = sorted(features.maps)
     if not 0 <= self.coarsen < len(strides):
@@ -65,12 +72,12 @@ class FusionEncoder(nn.Module):
       [jnp.mean(maps[s].astype(jnp.float32), axis=(1, 2)) for s in strides], axis=1
     )
     fused_BF = self._attend(scales_BSF)
-    pooled_BD = {
-      "both": jnp.concatenate([features.pooled, fused_BF], axis=-1),
+    vectors = {
       "backbone": features.pooled,
       "fused": fused_BF,
       "scales": scales_BSF.reshape(scales_BSF.shape[0], -1),
-    }[self.pooled]
+    }
+    pooled_BD = jnp.concatenate([vectors[name] for name in POOLED[self.pooled]], axis=-1)
     # Where two scales share a grid, the map of the coarser one has seen the finer one's.
     maps = {grids[s]: maps[s] for s in strides}
     return Features(pooled_BD, maps, features.attention, scales_BSF, fused_BF)

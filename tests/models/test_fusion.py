@@ -6,7 +6,7 @@ import pytest
 
 from ssrl_jax.method import Features
 from ssrl_jax.models import ENCODERS, make_encoder
-from ssrl_jax.models.fusion import FusionEncoder, Node
+from ssrl_jax.models.fusion import POOLED, FusionEncoder, Node
 from ssrl_jax.models.resnet import ResNet
 from ssrl_jax.models.vit import ViT
 
@@ -53,7 +53,7 @@ def identity_projections(variables, width):
 
 
 @pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
-@pytest.mark.parametrize("pooled", ["both", "backbone", "fused"])
+@pytest.mark.parametrize("pooled", POOLED)
 def test_features_have_the_shapes_of_the_contract(backbone, pooled):
   model = FusionEncoder(backbone, width=6, pooled=pooled)
   images = jax.ShapeDtypeStruct((2, 20, 20, 3), jnp.float32)
@@ -64,7 +64,10 @@ def test_features_have_the_shapes_of_the_contract(backbone, pooled):
     s: (*m.shape[:3], 6) for s, m in plain.maps.items()
   }
   assert list(fused.maps) == sorted(fused.maps)
-  assert fused.pooled.shape == (2, {"both": dim + 6, "backbone": dim, "fused": 6}[pooled])
+  scales = 6 * fused.scales.shape[1]
+  size = {"backbone": dim, "fused": 6, "scales": scales}
+  size |= {"backbone_fused": dim + 6, "backbone_scales": dim + scales}
+  assert fused.pooled.shape == (2, size[pooled])
   assert fused.scales.shape == (2, len(plain.maps), 6)
   assert fused.fused.shape == (2, 6)
   assert (fused.attention is None) == (backbone is RESNET)
@@ -83,7 +86,7 @@ def test_constant_maps_by_hand():
     np.testing.assert_allclose(features.maps[s], np.full(values[s].shape, value), rtol=3e-4)
   np.testing.assert_allclose(features.scales[0, :, 0], list(expected.values()), rtol=3e-4)
   np.testing.assert_allclose(features.fused, [[23.25 / 3]], rtol=3e-4)
-  np.testing.assert_allclose(features.pooled, [[1, 1, 23.25 / 3]], rtol=3e-4)
+  np.testing.assert_allclose(features.pooled, [[1, 1, 5.5, 6.5, 11.25]], rtol=3e-4)
 
 
 def up64(x, shape):
@@ -195,7 +198,7 @@ def test_coarsen_averages_the_finest_map_and_keeps_its_scale():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"pooled": "all"}, "pooled 'all'.*both.*backbone.*fused"),
+    ({"pooled": "all"}, "pooled 'all'.*backbone.*fused.*backbone_scales"),
     ({"conv": "3x3"}, "conv '3x3'.*none.*pointwise.*depthwise"),
     ({"coarsen": 3}, "coarsen 3: the backbone has maps of strides .*0 to 2 can be averaged"),
   ],
@@ -232,7 +235,7 @@ def test_every_encoder_builds_abstractly(name, enabled):
     dtype="bfloat16",
     resnet={"width": 8, "stem": "cifar", "zero_init": True},
     vit={"patch": 8, "registers": 1, "position": "sincos", "drop_path": 0.1, "pool": "mean"},
-    fusion={"enabled": enabled, "width": 16, "pooled": "both", "coarsen": 0, "conv": "none"},
+    fusion={"enabled": enabled, "width": 16, "pooled": "backbone_fused", "coarsen": 0, "conv": "none"},
   )
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   features, variables = jax.eval_shape(
