@@ -235,7 +235,13 @@ def test_every_encoder_builds_abstractly(name, enabled):
     dtype="bfloat16",
     resnet={"width": 8, "stem": "cifar", "zero_init": True},
     vit={"patch": 8, "registers": 1, "position": "sincos", "drop_path": 0.1, "pool": "mean"},
-    fusion={"enabled": enabled, "width": 16, "pooled": "backbone_fused", "coarsen": 0, "conv": "none"},
+    fusion={
+      "enabled": enabled,
+      "width": 16,
+      "pooled": "backbone_fused",
+      "coarsen": 0,
+      "conv": "none",
+    },
   )
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   features, variables = jax.eval_shape(
