@@ -99,7 +99,11 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
     if show_traceback():
       traceback.print_exc()
     else:
-      print(f"error: {' '.join(str(error).split())}  (--traceback shows where)", file=sys.stderr)
+      # What a recipe raises comes wrapped with its traceback: its last line is the message.
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      lines = lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines
+      message = " ".join(" ".join(lines).split())
+      print(f"error: {message}  (--traceback shows where)", file=sys.stderr)
     return 1
 
 

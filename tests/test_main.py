@@ -15,14 +15,16 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "--config=configs/smoke.py"
+# One device; and no optimisation: these programs take far longer to compile than to run.
+FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | FLAGS
 
 
 def start(*arguments, module="ssrl_jax.main", **options) -> subprocess.Popen:
-  environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
     [sys.executable, "-m", module, *arguments],
     cwd=ROOT,
-    env=environment,
+    env=ENVIRONMENT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -318,9 +320,8 @@ for file in sorted(pathlib.Path("ssrl_jax").rglob("*.py")):
 from ssrl_jax.main import cli
 sys.exit(cli(sys.argv))
 """
-  environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     [sys.executable, "-c", code, SMOKE, "--config.steps=2", f"--workdir={tmp_path}"],
-    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
