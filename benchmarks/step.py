@@ -106,7 +106,7 @@ def measure(config, *, steps: int) -> dict[str, Any]:
   return {
     "method": config.method.name,
     "encoder": f"{config.encoder.name} w{config.encoder.resnet.width}",
-    "size": config.views["global"].size,
+    "size": config.global_views.size,
     "batch": config.batch_size,
     "precision": config.encoder.dtype,
     "step_ms": 1e3 * step_seconds,

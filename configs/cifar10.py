@@ -33,7 +33,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.data.mean = (0.4914, 0.4822, 0.4465)
   c.data.std = (0.2470, 0.2435, 0.2616)
   # SimCLR's CIFAR views: jitter of strength 0.5, no blur.
-  c.views["global"] = view_group(
+  c.global_views = view_group(
     size=32, area=(0.08, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
   )
   # google-research/simclr, CIFAR-10: LARS, learning rate 1.0, weight decay 1e-4, 10 epochs warm-up.

@@ -30,7 +30,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.encoder.fusion.update({"width": 64, "coarsen": 1})
   c.data.num_train = 5000
   c.data.threads = 2
-  c.views["global"] = view_group(
+  c.global_views = view_group(
     size=32, area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
   )
   c.optim.update({"name": "adamw", "learning_rate": 2e-3, "scale_by_batch": False})

@@ -30,7 +30,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.data.num_test = 2048
   # A mirrored digit is another sign, so no flip. Most views grey, jitter mild: colour tells scenes
   # apart too easily, and strong jitter takes the digit away with it.
-  c.views["global"] = view_group(
+  c.global_views = view_group(
     area=(0.4, 1.0),
     flip=0.0,
     brightness=0.2,

@@ -35,7 +35,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.data.dry_run_examples = 1_281_167
   c.data.dry_run_classes = 1000
   # SimCLR's ImageNet views: jitter of strength 1, blur on half of them.
-  c.views["global"] = view_group(
+  c.global_views = view_group(
     size=224,
     area=(0.08, 1.0),
     brightness=0.8,

@@ -90,7 +90,8 @@ def base_config(method: str) -> ConfigDict:
   c.data.dry_run_examples = 50_000  # what --dry_run takes for the size of the training set
   c.data.dry_run_classes = 10
 
-  c.views = ConfigDict({"global": view_group(), "local": view_group(count=0)})
+  c.global_views = view_group()
+  c.local_views = view_group(count=0)  # 0 = none; only methods that know what to do with them
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # adamw | lars | sgd

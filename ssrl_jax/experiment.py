@@ -37,10 +37,11 @@ class Experiment(NamedTuple):
 
 
 def view_specs(config: ConfigDict) -> tuple[ViewSpec, ...]:
-  """The ViewSpecs of the groups under config.views whose count is not 0."""
+  """The ViewSpecs "global" and "local" of the config's two groups, if their count is not 0."""
+  groups = {"global": config.global_views, "local": config.local_views}
   specs = tuple(
     ViewSpec(name=name, mean=config.data.mean, std=config.data.std, **group)
-    for name, group in config.views.items()
+    for name, group in groups.items()
     if group.count
   )
   check_specs(specs)

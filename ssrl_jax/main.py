@@ -56,15 +56,14 @@ def run(argv: list[str]) -> int:
 
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+  params, test = abstract_state(experiment).params, open_test(experiment, source)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
   open_run_folder(folder, config, allow_change=ALLOW_CHANGE.value)
-  params = abstract_state(experiment).params
   say(f"{config.method.name} with {config.encoder.name} on {source!r}")
   say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
       f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
   say(describe_groups(params))
-  test = open_test(experiment, source)
   state, finished = train(experiment, source, folder, say=say)
   if not finished:
     say(f"stopped at step {int(state.step)}; the same command goes on from there")

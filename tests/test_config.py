@@ -99,7 +99,7 @@ def test_view_specs_are_those_with_a_count_and_carry_the_data_s_statistics():
   config.data.mean, config.data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
   statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
   assert view_specs(config) == (ViewSpec("global", **statistics),)
-  config.views["local"] = view_group(count=3, size=16)
+  config.local_views = view_group(count=3, size=16)
   assert view_specs(config)[1] == ViewSpec("local", count=3, size=16, **statistics)
 
 
@@ -131,7 +131,7 @@ def test_harmless_change_is_none(change):
   [
     "seed", "batch_size", "data.canvas", "data.num_train", "data.seed_subset",
     "optim.learning_rate", "optim.warmup_epochs", "probe.learning_rate", "method.temperature",
-    "encoder.resnet.width", "views.global.size", "views.local.count",
+    "encoder.resnet.width", "views.global.size", "local_views.count",
   ],
 )  # fmt: skip
 def test_change_of_the_computation_is_named_with_both_values(change):

@@ -185,7 +185,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.batch_size=4096"], "lower batch_size"),
     ([SMOKE, "--config.optim.name=adamww"], "adamw"),
     ([SMOKE, "--config.evaluate.evals=knm"], "did you mean 'knn'"),
-    ([SMOKE, "--config.views.global.count=0"], "global views"),
+    ([SMOKE, "--config.global_views.count=0"], "global views"),
     ([SMOKE, "--config.encoder.name=vit_nano", "--config.encoder.vit.patch=7"], "patch"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
     ([], "--config"),

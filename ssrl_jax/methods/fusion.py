@@ -8,7 +8,7 @@ is a switch, and ablations are overrides:
 
   cross-scale fusion       encoder.fusion.enabled
   supervision per scale    scale_weight
-  multi-view consistency   consistency_weight, views.global.count, views.local.count
+  multi-view consistency   consistency_weight, global_views.count, local_views.count
   distribution constraint  constraint, constraint_weight
   target branch            target: "views", the mean embedding of the image's global views, or
                            "momentum", that of a moving average of the network over the other

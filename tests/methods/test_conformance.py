@@ -54,7 +54,7 @@ def make_config(method, overrides):
   c = smoke.get_config(method)
   c.update({"batch_size": BATCH, "steps": 20})
   c.data.canvas = c.evaluate.size = 16
-  c.views["global"].update({"size": 16})
+  c.global_views.update({"size": 16})
   c.encoder.resnet.update({"width": 4, "zero_init": False})  # else many gradients start at zero
   c.encoder.fusion.width = 6
   c.method.update({k: v for k, v in {"hidden_dim": 12, "out_dim": 6}.items() if k in c.method})
