@@ -21,7 +21,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c = base_config(method)
   c.method.update(METHODS[method])
   c.batch_size = 128
-  c.epochs = 5.0
+  c.epochs = 4.0
   c.encoder.name = "resnet8"
   c.encoder.resnet.update({"width": 12, "stem": "cifar"})
   c.encoder.fusion.update({"enabled": method == "fusion", "width": 48, "coarsen": 1})
@@ -42,4 +42,5 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.optim.update({"learning_rate": 4e-3, "warmup_epochs": 0.5, "weight_decay": 1e-4})
   c.checkpoint.every_steps = 100
   c.log.every_steps = 10
+  c.evaluate.linear.epochs = 25
   return c

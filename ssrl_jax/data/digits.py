@@ -14,8 +14,9 @@ A scene is a pure function of (seed, split, index): NumPy's Philox generator is 
 split and its counter starts at the index, so no scene depends on another. The layout does not
 depend on the size in pixels. On another kind of processor a pixel may round to the next level.
 
-Train and test hold different people's handwriting. The file lists its writers in blocks, each of
-which copies out the same form; the split is cut where a block begins, after 72 % of the file.
+Train and test hold different people's handwriting. The file does not name its writers, but its
+labels repeat one form block after block, and digits resemble those of their own block most. The
+split is cut where a block begins, after 72 % of the file.
 """
 
 from __future__ import annotations
