@@ -22,7 +22,7 @@ from ssrl_jax.methods import METHODS
 from ssrl_jax.state import TrainState, named_leaves, state_digest
 from ssrl_jax.train import abstract_views, make_train_step
 
-LOCAL = {"views.local": view_group(count=2, size=8)}
+LOCAL = {"local_views": view_group(count=2, size=8)}
 # id -> method, overrides of the config. Together they meet every value of every switch.
 CASES = {name: (name, {}) for name in METHODS} | {
   "fusion momentum variance_covariance plain-encoder": (
@@ -43,7 +43,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   ),
 }
 # Crop and flip only: the views have tests of their own, and their colours compile slowly.
-PLAIN_VIEWS = {f"views.global.{name}": 0.0 for name in ("jitter", "greyscale")}
+PLAIN_VIEWS = {f"global_views.{name}": 0.0 for name in ("jitter", "greyscale")}
 SLOW = {"fusion momentum none local"}
 BATCH = 8
 # The compiler's effort, not the result: a third of the time on a CPU.
