@@ -329,9 +329,9 @@ def test_probe_cannot_influence_the_encoder(stepped):
 @pytest.mark.parametrize("name", METHODS)
 def test_views_that_a_method_cannot_use_are_refused(name):
   for overrides in (
-    {"views.global": view_group(count=0)},
-    {"views.global": view_group(count=1)},
-    {"views.global": view_group(count=0), **LOCAL},
+    {"global_views": view_group(count=0)},
+    {"global_views": view_group(count=1)},
+    {"global_views": view_group(count=0), **LOCAL},
   ):
     with pytest.raises(ValueError, match=rf"{name}.* global views"):
       make_experiment(name, overrides)
