@@ -71,12 +71,10 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   say(f"state             {len(leaves)} arrays, {len(cut)} of them cut over the devices")
   say(f"parameters        {num_parameters(state.params):,}\n")
 
+  say(f"state memory      {array_bytes(state, per_device=True) / mib:,.0f} MiB a device")
+  say(f"batch memory      {array_bytes(batch, per_device=True) / mib:,.0f} MiB a device")
   activations = activation_bytes(experiment) / n / mib
-  say(f"memory a device   state {array_bytes(state, per_device=True) / mib:,.0f} MiB, batch")
-  say(
-    f"                  {array_bytes(batch, per_device=True) / mib:,.0f} MiB, activations at most"
-  )
-  say(f"                  {activations:,.0f} MiB (before the compiler fuses)")
+  say(f"activations       {activations:,.0f} MiB a device at most, before the compiler fuses")
   flops = flops_per_step(experiment)
   total = flops * experiment.total_steps
   say(f"steps             {experiment.total_steps:,} ({experiment.steps_per_epoch:,} an epoch)")

@@ -299,7 +299,7 @@ def test_unlabelled_folder_trains_and_says_that_nothing_is_measured(tmp_path):
 def test_dry_run_of_imagenet_tells_what_it_costs():
   code, out, err = run("--config=configs/imagenet.py", "--dry_run", "--devices=8")
   assert code == 0, err
-  for part in ("Total", "batch/image", "on each device [512, 352, 352, 3]", "memory a device",
+  for part in ("Total", "batch/image", "on each device [512, 352, 352, 3]", "state memory",
                "FLOPs", "device-hours"):  # fmt: skip
     assert part in out
 
