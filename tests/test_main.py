@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -15,9 +16,16 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "--config=configs/smoke.py"
-# One device; and no optimisation: these programs take far longer to compile than to run.
-FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-ENVIRONMENT = os.environ | FLAGS
+# One device. These programs take far longer to compile than to run: so with little optimisation, and
+# each program once for all tests.
+CACHE = tempfile.TemporaryDirectory(prefix="ssrl_jax_tests_")
+ENVIRONMENT = os.environ | {
+  "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  "JAX_PLATFORMS": "cpu",
+  "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 def start(*arguments, module="ssrl_jax.main", **options) -> subprocess.Popen:
