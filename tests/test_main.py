@@ -16,8 +16,8 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "--config=configs/smoke.py"
-# One device. These programs take far longer to compile than to run: so with little optimisation, and
-# each program once for all tests.
+# One device. These programs take far longer to compile than to run: so each is compiled with little
+# optimisation, and once for all tests.
 CACHE = tempfile.TemporaryDirectory(prefix="ssrl_jax_tests_")
 ENVIRONMENT = os.environ | {
   "XLA_FLAGS": "--xla_backend_optimization_level=0",
