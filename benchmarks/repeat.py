@@ -5,6 +5,7 @@ python -m benchmarks.repeat --recipe=configs/cifar10_cpu.py --methods=fusion,sim
 
 Each row is `python -m ssrl_jax.main` in a folder of its own; what is finished is not run again and
 what was stopped goes on. Arguments after `--` go to every run. Writes results/NAME.json and .md.
+CPU minutes are those of the process that finished the run, evaluation included.
 """
 
 from __future__ import annotations
@@ -36,19 +37,12 @@ def spread(values: list[float]) -> str:
   return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def training_minutes(record: dict) -> float:
-  """From the steps and the median rate, so that a run that was stopped counts in full."""
-  images = record["step"] * record["config"]["batch_size"]
-  return images / record["images_per_second"] / 60
-
-
 def row(name: str, records: list[dict], encoder: str) -> str:
   cells = [spread([r["results"][encoder][key] for r in records]) for key in COLUMNS]
   if encoder == "trained":
-    cells.append(f"{statistics.mean([training_minutes(r) for r in records]):.1f}")
-    cells.append(f"{statistics.mean([r['images_per_second'] for r in records]):.0f}")
+    cells.append(f"{statistics.mean([r['cpu_seconds'] for r in records]) / 60:.1f}")
   else:
-    cells += ["-", "-"]
+    cells.append("-")
   return f"| {name} | {len(records)} | {' | '.join(cells)} |"
 
 
@@ -69,8 +63,8 @@ def main() -> None:
       found[method].append(run(options.recipe, method, seed, folder, options.extra))
 
   lines = [
-    f"| method | seeds | {' | '.join(COLUMNS.values())} | minutes a run | images/s |",
-    "| --- | --- | --- | --- | --- | --- |",
+    f"| method | seeds | {' | '.join(COLUMNS.values())} | CPU minutes a run |",
+    "| --- | --- | --- | --- | --- |",
     *(row(method, records, "trained") for method, records in found.items()),
     *(
       row(f"{title}, encoder of {method}", records, control)

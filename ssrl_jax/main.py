@@ -107,7 +107,7 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
 
 
 def cli(argv: list[str]) -> int:
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
 
   def program() -> int:
     flags.FLAGS(argv)

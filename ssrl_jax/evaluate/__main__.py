@@ -39,7 +39,7 @@ def run(folder: Path, evals: str) -> int:
 
 
 def cli(argv: list[str]) -> int:
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
 
   def program() -> int:
     values = flags.FlagValues()
