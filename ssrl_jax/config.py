@@ -130,7 +130,7 @@ def base_config(method: str) -> ConfigDict:
   c.evaluate.knn = ConfigDict({"k": 20, "temperature": 0.07})
   c.evaluate.linear = ConfigDict(
     {
-      "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+      "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
       "weight_decays": (0.0, 1e-4, 1e-3, 1e-2),
       "epochs": 50,
       "batch_size": 256,
