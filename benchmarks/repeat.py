@@ -67,7 +67,7 @@ def main() -> None:
     "| --- | --- | --- | --- | --- |",
     *(row(method, records, "trained") for method, records in found.items()),
     *(
-      row(f"{title}, encoder of {method}", records, control)
+      row(title if control == "raw_pixels" else f"{title}, encoder of {method}", records, control)
       for control, title in CONTROLS.items()
       for method, records in found.items()
       if control == "random_init" or method == methods[0]
