@@ -10,32 +10,26 @@ Status    run
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
-from ssrl_jax.config import view_group
-
-METHODS = {
-  "fusion": {"hidden_dim": 128, "out_dim": 64},
-  "simclr": {"temperature": 0.2, "hidden_dim": 128, "out_dim": 64},
-}
+from configs import SMALL
+from ssrl_jax.config import base_config, change, view_group
 
 
 def get_config(method: str = "fusion") -> ConfigDict:
-  c = cifar10.get_config(method)
-  c.method.update(METHODS[method])
+  c = base_config(method)
   c.batch_size = 128
   c.epochs = 20.0
   c.encoder.name = "resnet8"
-  c.encoder.dtype = "float32"
-  c.encoder.resnet.width = 16
-  c.encoder.fusion.update({"width": 64, "coarsen": 1})
+  c.encoder.resnet.update({"stem": "cifar", "width": 16})
+  c.encoder.fusion.width = 64
+  c.data.source = "tfds:cifar10"
+  c.data.canvas = 32
   c.data.num_train = 5000
-  c.data.threads = 2
+  c.data.mean = (0.4914, 0.4822, 0.4465)
+  c.data.std = (0.2470, 0.2435, 0.2616)
   c.global_views = view_group(
     size=32, area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
   )
-  c.optim.update({"name": "adamw", "learning_rate": 2e-3, "scale_by_batch": False})
-  c.optim.update({"weight_decay": 1e-3, "warmup_epochs": 2.0})
+  c.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-3, "warmup_epochs": 2.0})
   c.checkpoint.every_steps = 200
-  c.log.every_steps = 20
-  c.evaluate.batch_size = 256
+  change(c, SMALL[method])
   return c

@@ -9,22 +9,17 @@ Status    run
 
 from ml_collections import ConfigDict
 
-from ssrl_jax.config import base_config, view_group
-
-METHODS = {
-  "fusion": {},
-  "simclr": {"temperature": 0.2, "hidden_dim": 128, "out_dim": 64},
-}
+from configs import SMALL
+from ssrl_jax.config import base_config, change, view_group
 
 
 def get_config(method: str = "fusion") -> ConfigDict:
   c = base_config(method)
-  c.method.update(METHODS[method])
   c.batch_size = 128
   c.epochs = 4.0
   c.encoder.name = "resnet8"
   c.encoder.resnet.update({"width": 12, "stem": "cifar"})
-  c.encoder.fusion.update({"enabled": method == "fusion", "width": 48, "coarsen": 1})
+  c.encoder.fusion.width = 48
   c.data.source = "digit_scenes"
   c.data.num_train = 8192
   c.data.num_test = 2048
@@ -43,4 +38,5 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.checkpoint.every_steps = 100
   c.log.every_steps = 10
   c.evaluate.linear.epochs = 25
+  change(c, SMALL[method])
   return c

@@ -10,6 +10,7 @@ Status    run in every test
 from ml_collections import ConfigDict
 
 from configs import digits
+from ssrl_jax.config import change
 
 
 def get_config(method: str = "fusion") -> ConfigDict:
@@ -22,5 +23,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.optim.warmup_epochs = 0.1
   c.checkpoint.every_steps = 4
   c.log.every_steps = 2
+  if method == "w_mse":
+    change(c, {"method.slice_size": 16, "method.out_dim": 8})
   c.evaluate.linear.update({"learning_rates": (0.1,), "weight_decays": (0.0,), "epochs": 2})
   return c

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ssrl_jax.method import ViewSpec
 from ssrl_jax.methods import METHODS
+from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
@@ -70,9 +71,9 @@ def base_config(method: str) -> ConfigDict:
   c.encoder.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
   c.encoder.resnet = ConfigDict(keyword_defaults(make_resnet, leave_out=("dtype",)))
   c.encoder.vit = ConfigDict(keyword_defaults(make_vit, leave_out=("dtype",)))
-  c.encoder.fusion = ConfigDict(
-    {"enabled": False, **keyword_defaults(FusionEncoder, leave_out=("dtype", "parent", "name"))}
-  )
+  for name, wrapper in (("fusion", FusionEncoder), ("attention", AttentionEncoder)):
+    options = keyword_defaults(wrapper, leave_out=("dtype", "parent", "name"))
+    c.encoder[name] = ConfigDict({"enabled": False, **options})
 
   c.data = ConfigDict()
   c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | tfds:NAME
@@ -94,16 +95,18 @@ def base_config(method: str) -> ConfigDict:
   c.local_views = view_group(count=0)  # 0 = none; only methods that know what to do with them
 
   c.optim = ConfigDict()
-  c.optim.name = "adamw"  # adamw | lars | sgd
+  c.optim.name = "adamw"  # adamw | lars | larc | sgd
   c.optim.learning_rate = 1e-3  # at the peak
   c.optim.scale_by_batch = False  # True: learning_rate is for batch 256 and scales with the batch
   c.optim.warmup_epochs = 10.0
   c.optim.final_fraction = 0.0  # of the peak, at the end of the cosine
   c.optim.weight_decay = 1e-4
-  c.optim.momentum = 0.9  # sgd, lars
+  c.optim.final_weight_decay = -1.0  # adamw: at the end of a cosine; -1 = stays the same
+  c.optim.momentum = 0.9  # sgd, lars, larc
   c.optim.b1 = 0.9  # adamw
   c.optim.b2 = 0.999  # adamw
-  c.optim.trust_coefficient = 1e-3  # lars
+  c.optim.trust_coefficient = 1e-3  # lars, larc
+  c.optim.clip_ratio = False  # larc
   c.optim.clip_norm = 0.0  # of the whole gradient; 0 = off
 
   c.probe = ConfigDict({"learning_rate": 1e-2})  # online linear probe (Adam)
@@ -141,11 +144,21 @@ def base_config(method: str) -> ConfigDict:
   return c
 
 
+def change(config: ConfigDict, changes: dict[str, Any]) -> None:
+  """Sets {path: value} in a recipe; a path that does not exist is refused."""
+  known = flatten(config)
+  groups = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
+  for path, value in changes.items():
+    if path not in known and path not in groups:
+      raise ValueError(nearest(path, known, "config key"))
+    config.update_from_flattened_dict({path: value})
+
+
 def flatten(config: ConfigDict) -> dict[str, Any]:
   """{"optim.name": "adamw", ...}, tuples as lists, as they come back from JSON."""
   flat: dict[str, Any] = {}
   for key, value in config.items():
-    if isinstance(value, (ConfigDict, dict)):
+    if isinstance(value, (ConfigDict, dict)) and value:
       flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
     else:
       flat[key] = list(value) if isinstance(value, tuple) else value

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ssrl_jax import optim, parallel
 from ssrl_jax.config import nearest
 from ssrl_jax.data import sources
-from ssrl_jax.method import Array, Method, ViewSpec
+from ssrl_jax.method import Array, Method, Run, ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.models import make_encoder
 from ssrl_jax.probe import init_probe
@@ -85,7 +85,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   method = METHODS[name](
     encoder=make_encoder(**config.encoder.to_dict()),
     views=view_specs(config),
-    total_steps=total_steps,
+    run=Run(batch_size, steps_per_epoch, total_steps, num_classes),
     **options,
   )
   optimizer, schedule = optim.make_optimizer(
@@ -93,6 +93,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
     batch_size=batch_size,
     steps_per_epoch=steps_per_epoch,
     total_steps=total_steps,
+    constant_lr=method.constant_lr,
   )
   return Experiment(
     config, mesh, method, optimizer, schedule, num_classes, steps_per_epoch, total_steps

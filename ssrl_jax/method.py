@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -48,7 +49,8 @@ class Features(NamedTuple):
 
   pooled: Array  # float32 [B, D]
   maps: dict[int, Array]  # stride in input pixels -> [B, h, w, C]
-  attention: Array | None = None  # ViT: [B, A, N, N] of the last block
+  attention: Array | None = None  # [B, A, Q, N]: ViT, last block, Q = N; AttentionEncoder, Q = 1
+  tokens: Array | None = None  # ViT: [B, N, D] after the final norm
   scales: Array | None = None  # FusionEncoder: [B, S, F] pooled vector of each scale, finest first
   fused: Array | None = None  # FusionEncoder: [B, F]
 
@@ -65,22 +67,84 @@ class Aux(NamedTuple):
   targets: Array | None = None  # [B, P] what `embeddings` should meet, where there is such a thing
 
 
+class Run(NamedTuple):
+  """What a run fixes before its method is made."""
+
+  batch_size: int  # images per step over all devices
+  steps_per_epoch: int
+  total_steps: int
+  num_classes: int | None  # None: no labels
+
+
 class Method(NamedTuple):
-  """Pure functions; `key` is a jax.random key, `views` what `make_views` returns."""
+  """Pure functions; `key` is a jax.random key, `views` what `make_views` returns and `label` [B].
+
+  By convention of all methods params and batch statistics have the encoder's under "encoder", and
+  a moving average of the network is method_state["target"], {"params", "batch_stats"}.
+  """
 
   views: tuple[ViewSpec, ...]
   init: Callable[[Array, dict[str, Array]], tuple[Params, MethodState]]
   loss: Callable[[Params, MethodState, dict[str, Array], Array, Array], tuple[Array, Aux]]
-  after_update: Callable[[Params, MethodState, Array], MethodState]
+  after_update: Callable[[Params, MethodState, Array], tuple[Params, MethodState]]
   encode: Callable[[Params, MethodState, Array], Features]  # images: normalised float [B, h, w, 3]
+  constant_lr: tuple[str, ...] = ()  # names in params whose learning rate stays at its peak
 
 
 def global_spec(views: tuple[ViewSpec, ...], *, method: str, count: int) -> ViewSpec:
   """The only spec of a method that takes `count` global views and no local ones."""
   if [(v.name, v.count) for v in views] != [("global", count)]:
-    got = ", ".join(f"{v.count} {v.name}" for v in views) or "none"
-    raise ValueError(f"{method} takes {count} global views and no others, but views are: {got}")
+    raise ValueError(
+      f"{method} takes {count} global views and no others, but views are: {describe_views(views)}"
+    )
   return views[0]
+
+
+def global_views(
+  views: tuple[ViewSpec, ...], *, method: str, at_least: int, local: bool = True
+) -> ViewSpec:
+  """The first spec of a method that takes `at_least` global views, and perhaps local ones."""
+  names = [v.name for v in views]
+  if names[:1] != ["global"] or views[0].count < at_least or (names[1:] and not local):
+    also = "and may have local ones" if local else "and takes no others"
+    raise ValueError(
+      f"{method} needs at least {at_least} global views {also}, but views are: "
+      f"{describe_views(views)}"
+    )
+  return views[0]
+
+
+def describe_views(views: tuple[ViewSpec, ...]) -> str:
+  return ", ".join(f"{v.count} {v.name}" for v in views) or "none"
+
+
+def check_positive(method: str, **options: float) -> None:
+  for name, value in options.items():
+    if not value > 0:
+      raise ValueError(f"{method}: {name} is {value}; it must be positive, e.g. 0.1")
+
+
+def check_fraction(method: str, **options: float) -> None:
+  for name, value in options.items():
+    if not 0 < value < 1:
+      raise ValueError(f"{method}: {name} is {value}; it must be above 0 and below 1, e.g. 0.75")
+
+
+def check_labelled(method: str, run: Run) -> None:
+  if not run.num_classes:
+    raise ValueError(
+      f"{method} learns from labels, and the training data have none; use class folders, or a "
+      "self-supervised method"
+    )
+
+
+def check_queue(method: str, queue_size: int, run: Run) -> None:
+  if queue_size < run.batch_size or queue_size % run.batch_size:
+    nearest = max(round(queue_size / run.batch_size), 1) * run.batch_size
+    raise ValueError(
+      f"{method}: queue_size {queue_size} is not a multiple of batch_size {run.batch_size}; "
+      f"nearest: {nearest}"
+    )
 
 
 def fold_views(views_BVHWC: Array) -> Array:
@@ -88,9 +152,9 @@ def fold_views(views_BVHWC: Array) -> Array:
   return views_BVHWC.reshape(-1, *views_BVHWC.shape[2:])
 
 
-def unfold_views(x: Array, num_views: int) -> Array:
-  """[B * V, ...] -> [B, V, ...], the inverse of `fold_views`."""
-  return x.reshape(-1, num_views, *x.shape[1:])
+def unfold_views(x: Any, num_views: int) -> Any:
+  """[B * V, ...] -> [B, V, ...], the inverse of `fold_views`; of every array of a tree."""
+  return jax.tree.map(lambda a: a.reshape(-1, num_views, *a.shape[1:]), x)
 
 
 def normalise(x: Array, *, eps: float = 1e-12) -> Array:
@@ -99,6 +163,123 @@ def normalise(x: Array, *, eps: float = 1e-12) -> Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
 
 
-def ema(target: Params, online: Params, tau: Array) -> Params:
-  """Moving average: tau is the fraction of the target that is kept."""
-  return jax.tree.map(lambda t, o: t * tau + o.astype(t.dtype) * (1 - tau), target, online)
+def init_network(
+  network: nn.Module, key: Array, images_NHWC: Array, *args: Any
+) -> tuple[Params, Any]:
+  """Parameters and batch statistics."""
+  variables = network.init({"params": key, "dropout": key}, images_NHWC, True, *args)
+  return variables["params"], variables.get("batch_stats", {})
+
+
+def forward(
+  network: nn.Module,
+  params: Params,
+  batch_stats: Any,
+  views_BVHWC: Array,
+  key: Array,
+  *args: Any,
+  method: str | None = None,
+) -> tuple[Any, Any]:
+  """One training pass over all views at once: outputs [B, V, ...], batch statistics after it."""
+  output, mutated = network.apply(
+    {"params": params, "batch_stats": batch_stats},
+    fold_views(views_BVHWC),
+    True,
+    *args,
+    mutable=["batch_stats"],
+    rngs={"dropout": key},
+    method=method,
+  )
+  return unfold_views(output, views_BVHWC.shape[1]), mutated.get("batch_stats", {})
+
+
+def encode_with(encoder: nn.Module, *, target: bool = False) -> Callable[..., Features]:
+  """`Method.encode` by the online encoder, or by the target's."""
+
+  def encode(params, method_state, images):
+    if target:
+      method_state = method_state["target"]
+      params = method_state["params"]
+    stats = method_state["batch_stats"].get("encoder", {})
+    return encoder.apply({"params": params["encoder"], "batch_stats": stats}, images, False)
+
+  return encode
+
+
+def keep(params: Params, method_state: MethodState, step: Array) -> tuple[Params, MethodState]:
+  """`Method.after_update` where nothing moves but by gradient."""
+  del step
+  return params, method_state
+
+
+def make_target(params: Params, batch_stats: Any, names: tuple[str, ...]) -> dict[str, Any]:
+  """The moving average at the start: a copy of these parts of the network."""
+  pick = lambda tree: {name: tree[name] for name in names if name in tree}  # noqa: E731
+  return {"params": pick(params), "batch_stats": pick(batch_stats)}
+
+
+def update_target(method_state: MethodState, params: Params, tau: Array | float) -> MethodState:
+  """The target's parameters moved towards the online ones: tau is the fraction that is kept."""
+  target = method_state["target"]
+  online = {name: params[name] for name in target["params"]}
+  moved = jax.tree.map(lambda t, o: t * tau + o * (1 - tau), target["params"], online)
+  return method_state | {"target": target | {"params": moved}}
+
+
+def cosine_tau(base: float, step: Array, total_steps: int) -> Array:
+  """BYOL's schedule: `base` at step 0, 1 at the last, as half a cosine."""
+  return 1 - (1 - base) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
+
+
+def freeze(params: Params, name: str, when: Array | bool) -> Params:
+  """No gradient into params[name] while `when`."""
+  still = lambda x: jnp.where(when, jax.lax.stop_gradient(x), x)  # noqa: E731
+  return params | {name: jax.tree.map(still, params[name])}
+
+
+def push(queue_QP: Array, newest_BP: Array) -> Array:
+  """The queue without its oldest B rows and with the newest in front; Q is a multiple of B."""
+  rows = queue_QP.shape[0] - newest_BP.shape[0]
+  return jnp.concatenate([jax.lax.stop_gradient(newest_BP), queue_QP[:rows]])
+
+
+def joint_embedding(
+  network: nn.Module,
+  views: tuple[ViewSpec, ...],
+  objective: Callable[..., tuple[Array, dict[str, Array]]],
+  *,
+  constant_lr: tuple[str, ...] = (),
+) -> Method:
+  """The Method of an objective on one network's embeddings of all views, global ones first.
+
+  Args:
+    network: a `models.heads.JointEmbedding`.
+    views: "global", and optionally "local".
+    objective: (z_BVP, q_BVP, label_B, key) -> loss, metrics; projections and predictions.
+    constant_lr: see `Method`.
+  """
+
+  def init(key, views):
+    params, stats = init_network(network, key, fold_views(views["global"]))
+    return params, {"batch_stats": stats}
+
+  def loss(params, method_state, views, key, step):
+    del step
+    keys = jax.random.split(key, 3)
+    (h_BVD, z_BVP, q_BVP), stats = forward(
+      network, params, method_state["batch_stats"], views["global"], keys[0]
+    )
+    if "local" in views:
+      (_, z, q), stats = forward(network, params, stats, views["local"], keys[1])
+      z_BVP, q_BVP = jnp.concatenate([z_BVP, z], 1), jnp.concatenate([q_BVP, q], 1)
+    value, metrics = objective(z_BVP, q_BVP, views["label"], keys[2])
+    aux = Aux(
+      method_state={"batch_stats": stats},
+      metrics=metrics,
+      features=jax.lax.stop_gradient(h_BVD[:, 0]),
+      embeddings=jax.lax.stop_gradient(z_BVP[:, 0]),
+      targets=jax.lax.stop_gradient(z_BVP[:, 1]) if z_BVP.shape[1] > 1 else None,
+    )
+    return value, aux
+
+  return Method(views, init, loss, keep, encode_with(network.encoder), constant_lr)

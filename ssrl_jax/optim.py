@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ssrl_jax.state import named_leaves
 
-OPTIMIZERS = ("adamw", "lars", "sgd")
+OPTIMIZERS = ("adamw", "larc", "lars", "sgd")
 
 
 def warmup_cosine(
@@ -52,48 +53,135 @@ def make_optimizer(
   b1: float,
   b2: float,
   trust_coefficient: float,
+  clip_ratio: bool,
+  final_weight_decay: float,
   clip_norm: float,
   batch_size: int,
   steps_per_epoch: int,
   total_steps: int,
+  constant_lr: tuple[str, ...] = (),
 ) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
   """The update rule and its learning rate as a function of the step.
 
   Args:
     name: "adamw" (decoupled decay, times the learning rate), "sgd" (Nesterov off, decay added to
-      the gradient) or "lars" (You et al. 2017, learning rate inside the momentum as in SimCLR's
-      code; BYOL and Barlow Twins have it outside, apex's LARC clips).
+      the gradient), "lars" (You et al. 2017, learning rate inside the momentum as in SimCLR's
+      code) or "larc" (learning rate outside it; see `larc`). "LARS" means four different rules in
+      the field: SimCLR's; BYOL's and Barlow Twins' (larc); SwAV's, apex's LARC without clipping
+      (larc, but excluding no parameter); solo-learn's (larc with clip_ratio).
     learning_rate: at the peak; for batch 256 if `scale_by_batch`, which scales it linearly.
     warmup_epochs, final_fraction: see `warmup_cosine`.
     weight_decay: on arrays of two or more axes only (`decay_mask`).
-    momentum: of sgd and lars. b1, b2: of adamw. trust_coefficient: of lars.
+    final_weight_decay: >= 0: from weight_decay to this as half a cosine (DINO, I-JEPA; adamw only).
+    momentum: of sgd, lars and larc. b1, b2: of adamw. trust_coefficient: of lars and larc.
+    clip_ratio: of larc.
     clip_norm: global gradient norm is cut to this first; 0 = off.
+    constant_lr: paths in params, from the top, whose learning rate stays at its peak (SimSiam).
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"unknown optim.name {name!r}; one of {', '.join(OPTIMIZERS)}")
+  peak = learning_rate * (batch_size / 256 if scale_by_batch else 1)
   schedule = warmup_cosine(
-    peak=learning_rate * (batch_size / 256 if scale_by_batch else 1),
+    peak=peak,
     warmup_steps=round(warmup_epochs * steps_per_epoch),
     total_steps=total_steps,
     final_fraction=final_fraction,
   )
-  if name == "adamw":
-    rule = optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask)
-  elif name == "sgd":
-    decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-    rule = optax.chain(decay, optax.sgd(schedule, momentum))
-  else:
-    rule = optax.lars(
-      schedule,
+  decay: Any = weight_decay
+  if final_weight_decay >= 0:
+    if name != "adamw":
+      raise ValueError(
+        f"final_weight_decay is for adamw only, but optim.name is {name}; set it to -1"
+      )
+    decay = cosine(weight_decay, final_weight_decay, total_steps)
+
+  def update_rule(learning_rate):
+    if name == "adamw":
+      return optax.chain(
+        optax.scale_by_adam(b1, b2),
+        optax.add_decayed_weights(decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+      )
+    if name == "sgd":
+      decayed = optax.add_decayed_weights(weight_decay, mask=decay_mask)
+      return optax.chain(decayed, optax.sgd(learning_rate, momentum))
+    if name == "larc":
+      return larc(
+        learning_rate,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+        clip_ratio=clip_ratio,
+        momentum=momentum,
+      )
+    return optax.lars(
+      learning_rate,
       weight_decay=weight_decay,
       weight_decay_mask=decay_mask,
       trust_coefficient=trust_coefficient,
       trust_ratio_mask=decay_mask,
       momentum=momentum,
     )
+
+  rule = update_rule(schedule)
+  if constant_lr:
+    rules = {"scheduled": rule, "constant": update_rule(peak)}
+    rule = optax.multi_transform(rules, lambda params: label_paths(params, constant_lr))
   if clip_norm > 0:
     rule = optax.chain(optax.clip_by_global_norm(clip_norm), rule)
   return rule, schedule
+
+
+def larc(
+  learning_rate: Any,
+  *,
+  weight_decay: float,
+  trust_coefficient: float,
+  clip_ratio: bool,
+  momentum: float,
+) -> optax.GradientTransformation:
+  """Layer-wise rates, then SGD with momentum: v = momentum v + ratio (g + decay p); p -= rate v.
+
+  ratio = trust_coefficient |p| / (|g + decay p| + 1e-8), or 1 where either length is 0 and for
+  arrays that `decay_mask` leaves alone. With `clip_ratio` it is at most the learning rate's worth:
+  min(ratio / rate, 1), so that no layer moves faster than plain SGD (apex LARC, solo-learn).
+  """
+
+  def init(params):
+    del params
+    return jnp.zeros((), jnp.int32)
+
+  def update(gradients, count, params):
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+
+    def scaled(g, p, adapted):
+      if not adapted:
+        return g
+      g = g + weight_decay * p
+      length, size = jnp.linalg.norm(p), jnp.linalg.norm(g)
+      ratio = trust_coefficient * length / (size + 1e-8)
+      if clip_ratio:
+        ratio = jnp.minimum(ratio / jnp.maximum(rate, 1e-12), 1)
+      return g * jnp.where((length > 0) & (size > 0), ratio, 1)
+
+    return jax.tree.map(scaled, gradients, params, decay_mask(params)), count + 1
+
+  adapt = optax.GradientTransformation(init, update)
+  return optax.chain(adapt, optax.sgd(learning_rate, momentum))
+
+
+def cosine(start: float, end: float, total_steps: int) -> Callable[[Any], Any]:
+  """Half a cosine from `start` to `end`."""
+  return lambda step: end + (start - end) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
+
+
+def label_paths(params: Any, constant: tuple[str, ...]) -> Any:
+  """ "constant" for what lies under one of the paths, "scheduled" for the rest."""
+
+  def label(path, _):
+    name = jax.tree_util.keystr(path, simple=True, separator="/") + "/"
+    return "constant" if any(name.startswith(f"{c}/") for c in constant) else "scheduled"
+
+  return jax.tree_util.tree_map_with_path(label, params)
 
 
 def describe_groups(params: Any) -> str:

@@ -50,10 +50,11 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     view_key, loss_key = step_keys(state.key, state.step)
     views = make_views(view_key, batch, method.views)
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
-      state.params, state.method_state, views, loss_key, state.step
+      state.params, state.method_state, views | {"label": batch["label"]}, loss_key, state.step
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    params, method_state = method.after_update(params, aux.method_state, state.step)
     probe, probe_metrics = state.probe, {}
     if probe:
       probe, probe_metrics = update_probe(probe, aux.features, batch["label"], **probe_options)
@@ -69,7 +70,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     new_state = TrainState(
       step=state.step + 1,
       params=params,
-      method_state=method.after_update(params, aux.method_state, state.step),
+      method_state=method_state,
       opt_state=opt_state,
       probe=probe,
       substituted=state.substituted + jnp.sum(batch["substituted"]),
@@ -121,12 +122,12 @@ def flops_per_step(experiment: Experiment) -> float:
 
 
 def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of what `make_views` returns."""
-  b = experiment.config.batch_size
-  return {
-    s.name: jax.ShapeDtypeStruct((b, s.count, s.size, s.size, 3), jnp.float32)
-    for s in experiment.method.views
-  }
+  """Shapes of what the loss is given: what `make_views` returns, and the labels."""
+  b, views = experiment.config.batch_size, {}
+  for s in experiment.method.views:
+    views[s.name] = jax.ShapeDtypeStruct((b, s.count, s.size, s.size, 3), jnp.float32)
+    views[f"{s.name}_box"] = jax.ShapeDtypeStruct((b, s.count, 4), jnp.float32)
+  return views | {"label": jax.ShapeDtypeStruct((b,), jnp.int32)}
 
 
 class Stopwatch:

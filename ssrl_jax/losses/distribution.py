@@ -31,17 +31,15 @@ def coding_rate(z_BP: Array, *, eps: float) -> Array:
   return -half_logdet / p
 
 
-def variance_covariance(z_BP: Array, *, covariance_weight: float = 1 / 25) -> Array:
+def variance_covariance(z_BP: Array) -> tuple[Array, Array]:
   """VICReg's two regularisers of one branch: hinge on the standard deviation, off-diagonal squares.
 
   Bardes et al. 2022 (VICReg), equations 1 to 4. As the official code: variance unbiased, 1e-4
   inside the root, the covariance term divided by P. Equation 6 sums both terms over the two
-  branches with weights 25 and 1: 25 times this function, summed over branches, at the default
-  1/25. The official code halves the variance term but not the covariance term: 25 times this
-  function, averaged over branches, with `covariance_weight` 2/25.
+  branches with weights 25 and 1; the official code halves the variance term, not the other.
 
   Returns:
-    mean_j max(0, 1 - sqrt(var_j + 1e-4)) + covariance_weight * sum_{i != j} cov_ij^2 / P
+    mean_j max(0, 1 - sqrt(var_j + 1e-4)), and sum_{i != j} cov_ij^2 / P.
   """
   z_BP = z_BP.astype(jnp.float32)
   b, p = z_BP.shape
@@ -49,7 +47,7 @@ def variance_covariance(z_BP: Array, *, covariance_weight: float = 1 / 25) -> Ar
   cov_PP = z_BP.T @ z_BP / (b - 1)
   variance = jnp.mean(jax.nn.relu(1 - jnp.sqrt(jnp.diagonal(cov_PP) + 1e-4)))
   covariance = jnp.sum(jnp.where(jnp.eye(p, dtype=bool), 0, cov_PP) ** 2) / p
-  return variance + covariance_weight * covariance
+  return variance, covariance
 
 
 def sigreg(z_BP: Array, key: Array, *, num_directions: int = 256) -> Array:

@@ -1,8 +1,65 @@
 """Every method by name. A new one is a file beside this, a line here, and an entry in a recipe."""
 
-from ssrl_jax.methods import fusion, simclr
+from ssrl_jax.methods import (
+  barlow_twins,
+  byol,
+  dcl,
+  densecl,
+  dino,
+  finegrained,
+  fusion,
+  hybrid,
+  ibot,
+  ijepa,
+  jigsaw,
+  lejepa,
+  mae,
+  moco_v2,
+  moco_v3,
+  nnclr,
+  rotation,
+  simclr,
+  simsiam,
+  supcon,
+  supervised,
+  swav,
+  vicreg,
+  vicregl,
+  w_mse,
+)
 
 METHODS = {
   "fusion": fusion.make,
+  "finegrained": finegrained.make,
+  # contrastive
   "simclr": simclr.make,
+  "moco_v2": moco_v2.make,
+  "moco_v3": moco_v3.make,
+  "nnclr": nnclr.make,
+  "dcl": dcl.make,
+  # negative-free
+  "byol": byol.make,
+  "simsiam": simsiam.make,
+  "barlow_twins": barlow_twins.make,
+  "vicreg": vicreg.make,
+  "w_mse": w_mse.make,
+  "lejepa": lejepa.make,
+  # prototypes and distillation
+  "swav": swav.make,
+  "dino": dino.make,
+  "ibot": ibot.make,
+  # masked
+  "mae": mae.make,
+  "ijepa": ijepa.make,
+  # dense
+  "densecl": densecl.make,
+  "vicregl": vicregl.make,
+  # pretext
+  "rotation": rotation.make,
+  "jigsaw": jigsaw.make,
+  # a weighted sum of others
+  "hybrid": hybrid.make,
+  # upper controls, which read the labels
+  "supcon": supcon.make,
+  "supervised": supervised.make,
 }

@@ -26,7 +26,22 @@ import jax.numpy as jnp
 
 from ssrl_jax.losses.consistency import cosine_distance
 from ssrl_jax.losses.distribution import coding_rate, sigreg, variance_covariance
-from ssrl_jax.method import Array, Aux, Method, ViewSpec, ema, fold_views, normalise, unfold_views
+from ssrl_jax.method import (
+  Array,
+  Aux,
+  Method,
+  Run,
+  ViewSpec,
+  cosine_tau,
+  encode_with,
+  fold_views,
+  forward,
+  global_views,
+  init_network,
+  make_target,
+  normalise,
+  update_target,
+)
 from ssrl_jax.models.heads import MLP
 
 CONSTRAINTS = ("coding_rate", "variance_covariance", "sigreg", "none")
@@ -34,7 +49,7 @@ TARGETS = ("views", "momentum")
 
 
 class Network(nn.Module):
-  """images [N, h, w, 3] -> Features, embeddings z [N, E, P], predictions q [N, E, P].
+  """images [N, h, w, 3] -> pooled [N, D], embeddings z [N, E, P], predictions q [N, E, P].
 
   Embedding 0 is that of the fused vector (of the pooled one, for an encoder without fusion), the
   others are those of the scales, finest first; E = 1 + S.
@@ -62,14 +77,14 @@ class Network(nn.Module):
       axis=1,
     )
     q_NEP = MLP(name="predictor", **head)(z_NEP, train) if self.predict else z_NEP
-    return features, z_NEP, q_NEP
+    return features.pooled, z_NEP, q_NEP
 
 
 def make(
   *,
   encoder: nn.Module,
   views: tuple[ViewSpec, ...],
-  total_steps: int,
+  run: Run,
   target: str = "views",
   tau: float = 0.99,
   consistency_weight: float = 2.0,
@@ -87,7 +102,7 @@ def make(
     encoder: called as encoder(images, train) -> Features; one with `scales` (FusionEncoder) gets
       an objective on each scale.
     views: "global" with count >= 2, and optionally "local", which only the online branch sees.
-    total_steps: length of tau's schedule.
+    run: total_steps is the length of tau's schedule.
     target: see above. tau: kept by the moving average at step 0, rising to 1 as half a cosine.
     consistency_weight, constraint_weight: of the objective's two terms.
     constraint: "coding_rate" (with distortion `eps`), "variance_covariance", "sigreg" or "none".
@@ -99,51 +114,36 @@ def make(
       f"fusion: constraint {constraint!r} must be one of {CONSTRAINTS}, target {target!r} one of "
       f"{TARGETS}"
     )
-  if [v.name for v in views][:1] != ["global"] or views[0].count < 2:
-    got = ", ".join(f"{v.count} {v.name}" for v in views)
-    raise ValueError(f"fusion needs at least 2 global views, but views are: {got or 'none'}")
+  global_views(views, method="fusion", at_least=2)
   momentum = target == "momentum"
   network = Network(encoder, hidden_dim, out_dim, num_layers, scale_weight > 0, momentum)
 
   def init(key, views):
-    variables = network.init(key, fold_views(views["global"]), True)
-    params, stats = variables["params"], variables.get("batch_stats", {})
+    params, stats = init_network(network, key, fold_views(views["global"]))
     state = {"batch_stats": stats}
-    return params, state | ({"target": {"params": params, **state}} if momentum else {})
-
-  def forward(params, stats, views_BVHWC, key):
-    (features, *embeddings), mutated = network.apply(
-      {"params": params, "batch_stats": stats},
-      fold_views(views_BVHWC),
-      True,
-      mutable=["batch_stats"],
-      rngs={"dropout": key},
+    return params, state | (
+      {"target": make_target(params, stats, tuple(params))} if momentum else {}
     )
-    v = views_BVHWC.shape[1]
-    z_BVEP, q_BVEP = (unfold_views(x, v) for x in embeddings)
-    return unfold_views(features.pooled, v), z_BVEP, q_BVEP, mutated["batch_stats"]
 
   def loss(params, method_state, views, key, step):
     del step
     keys = jax.random.split(key, 4)
-    h_BVD, z_BVEP, q_BVEP, stats = forward(
-      params, method_state["batch_stats"], views["global"], keys[0]
+    (h_BVD, z_BVEP, q_BVEP), stats = forward(
+      network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     target_state = {}
     if momentum:
       old = method_state["target"]
-      _, t_BVEP, _, target_stats = forward(
-        old["params"], old["batch_stats"], views["global"], keys[1]
-      )
+      (_, t_BVEP, _), target_stats = forward(network, *old.values(), views["global"], keys[1])
       t_BVEP = jax.lax.stop_gradient(normalise(t_BVEP))
       centre_BVEP = mean_of_others(t_BVEP)
-      target_state = {"target": {"params": old["params"], "batch_stats": target_stats}}
+      target_state = {"target": old | {"batch_stats": target_stats}}
     else:
       t_BVEP = normalise(z_BVEP)
       centre_BVEP = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), t_BVEP.shape)
     all_z, distances = z_BVEP, cosine_distance(q_BVEP, centre_BVEP)
     if "local" in views:
-      _, z, q, stats = forward(params, stats, views["local"], keys[2])
+      (_, z, q), stats = forward(network, params, stats, views["local"], keys[2])
       centre = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), q.shape)
       all_z = jnp.concatenate([all_z, z], axis=1)
       distances = jnp.concatenate([distances, cosine_distance(q, centre)], axis=1)
@@ -166,17 +166,10 @@ def make(
 
   def after_update(params, method_state, step):
     if not momentum:
-      return method_state
-    tau_step = 1 - (1 - tau) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
-    target = method_state["target"]
-    return method_state | {"target": target | {"params": ema(target["params"], params, tau_step)}}
+      return params, method_state
+    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
 
-  def encode(params, method_state, images):
-    variables = {"params": params, "batch_stats": method_state["batch_stats"]}
-    features, *_ = network.apply(variables, images, False)
-    return features
-
-  return Method(views, init, loss, after_update, encode)
+  return Method(views, init, loss, after_update, encode_with(encoder))
 
 
 def mean_of_others(x_BVEP: Array) -> Array:
@@ -185,12 +178,16 @@ def mean_of_others(x_BVEP: Array) -> Array:
   return (jnp.sum(x_BVEP, axis=1, keepdims=True) - x_BVEP) / (v - 1)
 
 
+def vicreg(z_BP: Array) -> Array:
+  variance, covariance = variance_covariance(z_BP)
+  return variance + 2 / 25 * covariance  # the official code's ratio, as branches are averaged
+
+
 def constrain(z_BVEP: Array, constraint: str, eps: float, key: Array) -> Array:
   """The distribution constraint on each embedding of each view's batch, mean over views; [E]."""
   functions = {
     "coding_rate": lambda z_BP: coding_rate(z_BP, eps=eps),
-    # 2 / 25 is the official code's ratio where branches are averaged.
-    "variance_covariance": lambda z_BP: variance_covariance(z_BP, covariance_weight=2 / 25),
+    "variance_covariance": vicreg,
     "sigreg": lambda z_BP: sigreg(z_BP, key),
     "none": lambda z_BP: jnp.zeros(()),
   }

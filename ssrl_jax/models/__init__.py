@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
@@ -20,6 +21,7 @@ ENCODERS = {
   "resnet34": partial(make_resnet, depth=34),
   "resnet50": partial(make_resnet, depth=50),
   "resnet101": partial(make_resnet, depth=101),
+  "vit_pico": partial(make_vit, size="pico"),
   "vit_nano": partial(make_vit, size="nano"),
   "vit_ti": partial(make_vit, size="ti"),
   "vit_s": partial(make_vit, size="s"),
@@ -30,7 +32,13 @@ DTYPES = ("float32", "bfloat16")
 
 
 def make_encoder(
-  *, name: str, dtype: str, resnet: dict[str, Any], vit: dict[str, Any], fusion: dict[str, Any]
+  *,
+  name: str,
+  dtype: str,
+  resnet: dict[str, Any],
+  vit: dict[str, Any],
+  fusion: dict[str, Any],
+  attention: dict[str, Any],
 ) -> nn.Module:
   """The encoder of a recipe: encoder(images [B, H, W, 3], train) -> Features.
 
@@ -39,6 +47,7 @@ def make_encoder(
     dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
     resnet, vit: options of `make_resnet` and `make_vit`; the other family's are not used.
     fusion: enabled (wraps the encoder in a FusionEncoder), and FusionEncoder's fields.
+    attention: enabled (wraps the encoder in an AttentionEncoder), and its fields.
   """
   if name not in ENCODERS:
     nearest = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0)[0]
@@ -46,8 +55,10 @@ def make_encoder(
   if dtype not in DTYPES:
     raise ValueError(f"dtype {dtype!r}: expected one of {DTYPES}")
   encoder = ENCODERS[name](**(resnet if name.startswith("resnet") else vit), dtype=dtype)
-  options = dict(fusion)
-  enabled = options.pop("enabled")
-  # Built also where it is not enabled, so that an unused key fails there too.
-  fused = FusionEncoder(backbone=encoder, dtype=jnp.dtype(dtype), **options)
-  return fused if enabled else encoder
+  for wrapper, group in ((FusionEncoder, fusion), (AttentionEncoder, attention)):
+    options = dict(group)
+    enabled = options.pop("enabled")
+    # Built also where it is not enabled, so that an unused key fails there too.
+    wrapped = wrapper(backbone=encoder, dtype=jnp.dtype(dtype), **options)
+    encoder = wrapped if enabled else encoder
+  return encoder

@@ -80,7 +80,7 @@ class FusionEncoder(nn.Module):
     pooled_BD = jnp.concatenate([vectors[name] for name in POOLED[self.pooled]], axis=-1)
     # Where two scales share a grid, the map of the coarser one has seen the finer one's.
     maps = {grids[s]: maps[s] for s in strides}
-    return Features(pooled_BD, maps, features.attention, scales_BSF, fused_BF)
+    return features._replace(pooled=pooled_BD, maps=maps, scales=scales_BSF, fused=fused_BF)
 
   def _fuse(self, maps: dict[int, Array], grids: dict[int, int], train: bool) -> dict[int, Array]:
     """Top-down, then bottom-up; a node with one input is that input (BiFPN)."""

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ssrl_jax.method import Array
+from ssrl_jax.method import Array, normalise
 from ssrl_jax.models.resnet import batch_norm
 
 
@@ -52,3 +52,44 @@ class MLP(nn.Module):
     if self.final_norm:
       x = batch_norm(train, dtype=self.dtype, use_scale=False, use_bias=False)(x)
     return x.astype(jnp.float32)
+
+
+class JointEmbedding(nn.Module):
+  """encoder -> projector -> predictor (or none): what most methods wire.
+
+  Images [N, h, w, 3] -> pooled features h [N, D], projections z [N, P], predictions q [N, P].
+  """
+
+  encoder: nn.Module
+  projector: nn.Module
+  predictor: nn.Module | None = None
+
+  def __call__(self, images: Array, train: bool) -> tuple[Array, Array, Array]:
+    h_ND, z_NP = self.project(images, train)
+    return h_ND, z_NP, self.predictor(z_NP, train) if self.predictor else z_NP
+
+  def project(self, images: Array, train: bool) -> tuple[Array, Array]:
+    """What a target network computes: everything but the prediction."""
+    h_ND = self.encoder(images, train).pooled
+    return h_ND, self.projector(h_ND, train)
+
+
+class Prototypes(nn.Module):
+  """Products of unit-length rows with K prototypes: [N, P] -> float32 [N, K].
+
+  `weight_norm`: prototypes are used at unit length whatever the parameter's (DINO's last layer, its
+  gain fixed at 1); otherwise as they are (SwAV, which brings the parameter itself to unit length).
+  """
+
+  num: int
+  weight_norm: bool = False
+
+  @nn.compact
+  def __call__(self, z_NP: Array, train: bool) -> Array:
+    del train
+    # Rows of the normal distribution are uniform on the sphere.
+    init = nn.initializers.normal(1.0)
+    kernel_KP = self.param("kernel", lambda *a: normalise(init(*a)), (self.num, z_NP.shape[-1]))
+    if self.weight_norm:
+      kernel_KP = normalise(kernel_KP)
+    return normalise(z_NP) @ kernel_KP.T

@@ -15,8 +15,9 @@ import numpy as np
 
 from ssrl_jax.method import Array, Features
 
-# size -> dim, layers, heads. nano is ours, for CPU recipes.
+# size -> dim, layers, heads. pico and nano are ours, for tests and CPU recipes.
 SIZES = {
+  "pico": (24, 2, 2),
   "nano": (96, 6, 3),
   "ti": (192, 12, 3),
   "s": (384, 12, 6),
@@ -55,6 +56,12 @@ class ViT(nn.Module):
 
   Learned positions belong to the grid of the image seen by init; other grids get them resized
   (bicubic, as DINO). `drop_path` > 0 needs rngs={"dropout": key} in training.
+
+  Masked methods look at a part of the patches, in one of three ways:
+    keep_BK   int32 [B, K]: only these patches enter, in this order; there are no maps then.
+    mask_BN   bool [B, N]: these patches are replaced by a learned mask token.
+    hide_BN   bool [B, N]: nothing looks at these patches, as if they were left out, at full cost
+              but with as many for each example as it likes.
   """
 
   dim: int
@@ -67,8 +74,21 @@ class ViT(nn.Module):
   pool: str = "class"  # pooled: the class token, or the "mean" of the patches; after the LayerNorm
   dtype: Any = jnp.float32
 
+  @property
+  def num_prefix(self) -> int:
+    """Tokens before the patches."""
+    return 1 + self.registers
+
   @nn.compact
-  def __call__(self, images_BHWC: Array, train: bool) -> Features:
+  def __call__(
+    self,
+    images_BHWC: Array,
+    train: bool,
+    *,
+    keep_BK: Array | None = None,
+    mask_BN: Array | None = None,
+    hide_BN: Array | None = None,
+  ) -> Features:
     self._check(images_BHWC.shape)
     x_BhwD = nn.Conv(
       self.dim,
@@ -79,20 +99,32 @@ class ViT(nn.Module):
       name="patches",
     )(images_BHWC.astype(self.dtype))
     B, h, w, D = x_BhwD.shape
+    if mask_BN is not None:
+      token_D = self.param("mask_token", NORMAL, (D,)).astype(self.dtype)
+      x_BhwD = jnp.where(mask_BN.reshape(B, h, w, 1), token_D.reshape(1, 1, 1, D), x_BhwD)
     x_BhwD += self._positions(h, w).astype(self.dtype)
-    x_BND = jnp.concatenate([self._prefix(B), x_BhwD.reshape(B, h * w, D)], axis=1)
+    x_BND = x_BhwD.reshape(B, h * w, D)
+    if keep_BK is not None:
+      x_BND = jnp.take_along_axis(x_BND, keep_BK[:, :, None], axis=1)
+    prefix_BND = self._prefix(B)
+    x_BND = jnp.concatenate([prefix_BND, x_BND], axis=1)
+    if hide_BN is not None:
+      hide_BN = jnp.pad(hide_BN, ((0, 0), (prefix_BND.shape[1], 0)))
     outputs = []
     for i in range(self.layers):
       rate = self.drop_path * i / max(1, self.layers - 1)
       block = Block(self.heads, rate, self.dtype, name=f"block{i + 1}")
-      x_BND, attention_BANN = block(x_BND, train)
+      x_BND, attention_BANN = block(x_BND, train, hide_BN)
       outputs.append(x_BND)
     norm = nn.LayerNorm(dtype=self.dtype, name="norm")
-    levels = [norm(outputs[-(-self.layers * k // 4) - 1]) for k in (1, 2, 3, 4)]
-    maps = pyramid([x_BND[:, -h * w :].reshape(B, h, w, D) for x_BND in levels], self.patch)
-    last_BND = levels[-1].astype(jnp.float32)
-    pooled_BD = last_BND[:, 0] if self.pool == "class" else jnp.mean(last_BND[:, -h * w :], axis=1)
-    return Features(pooled_BD, maps, attention_BANN)
+    last_BND = norm(outputs[-1]).astype(jnp.float32)
+    patches_BND = last_BND[:, prefix_BND.shape[1] :]
+    pooled_BD = last_BND[:, 0] if self.pool == "class" else jnp.mean(patches_BND, axis=1)
+    maps = {}
+    if keep_BK is None:
+      levels = [norm(outputs[-(-self.layers * k // 4) - 1]) for k in (1, 2, 3, 4)]
+      maps = pyramid([x_BND[:, -h * w :].reshape(B, h, w, D) for x_BND in levels], self.patch)
+    return Features(pooled_BD, maps, attention_BANN, last_BND)
 
   def _check(self, shape: tuple[int, ...]) -> None:
     for name, value, valid in (("position", self.position, POSITIONS), ("pool", self.pool, POOLS)):
@@ -140,11 +172,13 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BND: Array, train: bool) -> tuple[Array, Array]:
+  def __call__(
+    self, x_BND: Array, train: bool, hide_BN: Array | None = None
+  ) -> tuple[Array, Array]:
     # One draw for an example drops its whole residual.
     drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
     y_BND = nn.LayerNorm(dtype=self.dtype, name="norm1")(x_BND)
-    y_BND, attention_BANN = SelfAttention(self.heads, self.dtype, name="attention")(y_BND)
+    y_BND, attention_BANN = SelfAttention(self.heads, self.dtype, name="attention")(y_BND, hide_BN)
     x_BND += drop(y_BND)
     y_BND = nn.LayerNorm(dtype=self.dtype, name="norm2")(x_BND)
     y_BNM = nn.Dense(4 * x_BND.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="mlp_in")(
@@ -162,17 +196,30 @@ class SelfAttention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BND: Array) -> tuple[Array, Array]:
+  def __call__(self, x_BND: Array, hide_BN: Array | None = None) -> tuple[Array, Array]:
     B, N, D = x_BND.shape
     qkv_BNM = nn.Dense(3 * D, kernel_init=NORMAL, dtype=self.dtype, name="qkv")(x_BND)
     qkv_BN3Ad = qkv_BNM.reshape(B, N, 3, self.heads, D // self.heads)
     q_BNAd, k_BNAd, v_BNAd = (qkv_BN3Ad[:, :, i] for i in range(3))
     q_BNAd *= (D // self.heads) ** -0.5
     logits_BANN = jnp.einsum("BQAd,BKAd->BAQK", q_BNAd, k_BNAd, preferred_element_type=jnp.float32)
+    if hide_BN is not None:
+      logits_BANN = jnp.where(hide_BN[:, None, None, :], -1e30, logits_BANN)
     attention_BANN = jax.nn.softmax(logits_BANN)
     x_BNAd = jnp.einsum("BAQK,BKAd->BQAd", attention_BANN.astype(self.dtype), v_BNAd)
     x_BND = nn.Dense(D, kernel_init=NORMAL, dtype=self.dtype, name="out")(x_BNAd.reshape(B, N, D))
     return x_BND, attention_BANN
+
+
+def check_vit(method: str, encoder: nn.Module) -> int:
+  """The patch size of the ViT that a masked method needs."""
+  if not isinstance(encoder, ViT):
+    raise ValueError(
+      f"{method} hides patches from a ViT, but the encoder is a {type(encoder).__name__}; set "
+      "encoder.name to vit_ti or another ViT, and encoder.fusion.enabled and "
+      "encoder.attention.enabled to False"
+    )
+  return encoder.patch
 
 
 def sincos(h: int, w: int, dim: int) -> np.ndarray:

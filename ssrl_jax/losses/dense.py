@@ -1,0 +1,57 @@
+"""Which places of two views' maps belong together. Shapes: n, m places of a map, row by row."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ssrl_jax.method import Array, normalise
+
+
+def match_features(x_BnC: Array, y_BmC: Array) -> Array:
+  """int32 [B, n]: for each place of x the place of y with the largest cosine; no gradient.
+
+  Wang et al. 2021 (DenseCL), equation 4.
+  """
+  x_BnC, y_BmC = normalise(x_BnC), normalise(y_BmC)
+  return jnp.argmax(jax.lax.stop_gradient(jnp.einsum("BnC,BmC->Bnm", x_BnC, y_BmC)), axis=-1)
+
+
+def take_places(x_BnC: Array, place_Bm: Array) -> Array:
+  """[B, n, C] at the places [B, m] -> [B, m, C]."""
+  return jnp.take_along_axis(x_BnC, place_Bm[:, :, None], axis=1)
+
+
+def closest_pairs(x_BnC: Array, y_BmC: Array, *, num: int) -> tuple[Array, Array]:
+  """The `num` places of x that are nearest to any place of y, and those places of y; [B, num] each.
+
+  Euclidean distance, without gradient. Bardes et al. 2022 (VICRegL), section 3.2: on features, or
+  on positions.
+  """
+  x_BnC, y_BmC = jax.lax.stop_gradient((x_BnC, y_BmC))
+  square_Bnm = (
+    jnp.sum(x_BnC**2, axis=-1)[:, :, None]
+    + jnp.sum(y_BmC**2, axis=-1)[:, None, :]
+    - 2 * jnp.einsum("BnC,BmC->Bnm", x_BnC, y_BmC, precision=jax.lax.Precision.HIGHEST)
+  )
+  nearest_Bn = jnp.argmin(square_Bnm, axis=2)
+  _, place_Bk = jax.lax.top_k(-jnp.min(square_Bnm, axis=2), num)
+  return place_Bk, jnp.take_along_axis(nearest_Bn, place_Bk, axis=1)
+
+
+def positions(box_B4: Array, grid: tuple[int, int]) -> Array:
+  """float32 [B, n, 2]: where the centre of each place of a view's map lies in the picture.
+
+  Args:
+    box_B4: top, left, bottom, right of the view in the picture; left and right swapped where the
+      view is mirrored.
+    grid: rows and columns of the map.
+  """
+  h, w = grid
+  row_h, column_w = (jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w
+  top, left, bottom, right = (box_B4[:, i, None] for i in range(4))
+  y_Bh = top + (bottom - top) * row_h[None]
+  x_Bw = left + (right - left) * column_w[None]
+  shape = (box_B4.shape[0], h, w)
+  places = (jnp.broadcast_to(y_Bh[:, :, None], shape), jnp.broadcast_to(x_Bw[:, None, :], shape))
+  return jnp.stack(places, axis=-1).reshape(shape[0], h * w, 2)

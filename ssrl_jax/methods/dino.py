@@ -1,0 +1,144 @@
+"""DINO: a student meets the sharpened, centred output of its own moving average (Caron 2021).
+
+Official code: facebookresearch/dino main_dino.py. The last layer's prototypes are used at unit
+length (weight norm, gain 1) and get no gradient in the first epoch; the teacher's temperature
+rises; the centre is a moving average of the teacher's mean output over both global views. The
+teacher is what is evaluated. Departures: schedules run by step, not by epoch (so that a resumed run
+goes on exactly); DINOv2's Sinkhorn can stand in for centring. Weight decay 0.04 -> 0.4 and clipping
+at 3.0 belong to the optimizer (optim.weight_decay, final_weight_decay, clip_norm).
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ssrl_jax.losses.prototypes import centred_softmax, cross_view_entropy, sinkhorn
+from ssrl_jax.method import (
+  Aux,
+  Method,
+  Run,
+  ViewSpec,
+  check_fraction,
+  check_positive,
+  cosine_tau,
+  encode_with,
+  fold_views,
+  forward,
+  freeze,
+  global_views,
+  init_network,
+  make_target,
+  unfold_views,
+  update_target,
+)
+from ssrl_jax.models.heads import MLP, JointEmbedding, Prototypes
+
+CENTRINGS = ("centre", "sinkhorn", "none")
+
+
+def make(
+  *,
+  encoder: nn.Module,
+  views: tuple[ViewSpec, ...],
+  run: Run,
+  num_prototypes: int = 65536,
+  temperature: float = 0.1,
+  teacher_temperature: float = 0.07,
+  start_teacher_temperature: float = 0.04,
+  warmup_epochs: float = 30.0,
+  centring: str = "centre",
+  centre_momentum: float = 0.9,
+  tau: float = 0.996,
+  freeze_epochs: float = 1.0,
+  hidden_dim: int = 2048,
+  out_dim: int = 256,
+  num_layers: int = 3,
+) -> Method:
+  """DINO's Method.
+
+  Args:
+    encoder: called as encoder(images, train) -> Features.
+    views: "global" with count >= 2, and optionally "local", which only the student sees.
+    run: epochs and the length of tau's schedule are counted with it.
+    num_prototypes: outputs of the head.
+    temperature: of the student.
+    teacher_temperature, start_teacher_temperature, warmup_epochs: of the teacher: from the second
+      to the first, linearly, over so many epochs.
+    centring: "centre", "sinkhorn" (DINOv2), or "none", which collapses; for ablations.
+    centre_momentum: kept of the centre at each step.
+    tau: kept by the teacher at step 0, rising to 1 as half a cosine; 0.9995 for batch 256.
+    freeze_epochs: while the prototypes get no gradient.
+    hidden_dim, out_dim, num_layers: of the projector; GELU, no BatchNorm.
+  """
+  check_positive(
+    "dino",
+    temperature=temperature,
+    teacher_temperature=teacher_temperature,
+    start_teacher_temperature=start_teacher_temperature,
+  )
+  check_fraction("dino", tau=tau, centre_momentum=centre_momentum)
+  if centring not in CENTRINGS:
+    raise ValueError(f"dino: centring {centring!r}; expected one of {CENTRINGS}")
+  global_views(views, method="dino", at_least=2)
+  options = {"norm": False, "final_norm": False, "final_bias": True, "activation": nn.gelu}
+  network = JointEmbedding(
+    encoder,
+    MLP(hidden=hidden_dim, out=out_dim, layers=num_layers, **options),
+    Prototypes(num_prototypes, weight_norm=True),
+  )
+  frozen_steps = round(freeze_epochs * run.steps_per_epoch)
+
+  def init(key, views):
+    params, stats = init_network(network, key, fold_views(views["global"]))
+    target = make_target(params, stats, ("encoder", "projector", "predictor"))
+    return params, {"batch_stats": stats, "target": target, "centre": jnp.zeros(num_prototypes)}
+
+  def teach(t_BTK, centre_K, step):
+    share = jnp.minimum(step / max(warmup_epochs * run.steps_per_epoch, 1), 1)
+    low = start_teacher_temperature
+    heat = low + (teacher_temperature - low) * share
+    if centring == "sinkhorn":
+      codes = sinkhorn(fold_views(t_BTK), eps=heat)
+      return unfold_views(codes, t_BTK.shape[1])
+    return centred_softmax(t_BTK, centre_K, temperature=heat)
+
+  def loss(params, method_state, views, key, step):
+    keys, target, centre_K = (
+      jax.random.split(key, 3),
+      method_state["target"],
+      method_state["centre"],
+    )
+    params = freeze(params, "predictor", step < frozen_steps)
+    (h_BVD, z_BVP, s_BVK), stats = forward(
+      network, params, method_state["batch_stats"], views["global"], keys[0]
+    )
+    if "local" in views:
+      (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
+      s_BVK = jnp.concatenate([s_BVK, s], axis=1)
+    (_, t_BTP, t_BTK), target_stats = forward(network, *target.values(), views["global"], keys[2])
+    t_BTP, t_BTK = jax.lax.stop_gradient((t_BTP, t_BTK))
+    p_BTK = teach(t_BTK, centre_K, step)
+    value = cross_view_entropy(p_BTK, s_BVK, temperature=temperature)
+    if centring == "centre":
+      mean_K = jnp.mean(t_BTK, axis=(0, 1))
+      centre_K = centre_K * centre_momentum + mean_K * (1 - centre_momentum)
+    entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(p_BTK, p_BTK), axis=-1))
+    aux = Aux(
+      method_state={
+        "batch_stats": stats,
+        "target": target | {"batch_stats": target_stats},
+        "centre": centre_K,
+      },
+      metrics={"distillation": value, "teacher_entropy": entropy},
+      features=jax.lax.stop_gradient(h_BVD[:, 0]),
+      embeddings=jax.lax.stop_gradient(z_BVP[:, 0]),
+      targets=t_BTP[:, 1],
+    )
+    return value, aux
+
+  def after_update(params, method_state, step):
+    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
+
+  return Method(views, init, loss, after_update, encode_with(encoder, target=True))

@@ -1,0 +1,128 @@
+"""SwAV: predict from one view the codes of another, which use all prototypes alike (Caron 2020).
+
+Official code: facebookresearch/swav main_swav.py. Prototypes are brought to unit length before
+every step (here after every update, and at init), get no gradient at first, and codes come from
+Sinkhorn over the batch and, late in training, a queue. The loss of each of the two global views'
+codes is the mean over all other views. "Frozen" is a zero gradient here, so that weight decay and
+momentum go on; both leave directions that were normalised as they are. Departures: the queue is
+filled from the start, and used from `queue_start`; BatchNorm statistics over all views of a size at
+once, as the official code does for crops of one size.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ssrl_jax.losses.prototypes import cross_view_entropy, sinkhorn
+from ssrl_jax.method import (
+  Aux,
+  Method,
+  Run,
+  ViewSpec,
+  check_positive,
+  check_queue,
+  encode_with,
+  fold_views,
+  forward,
+  freeze,
+  global_views,
+  init_network,
+  normalise,
+  push,
+)
+from ssrl_jax.models.heads import MLP, JointEmbedding, Prototypes
+
+NUM_CODED = 2  # global views that codes are made of
+
+
+def make(
+  *,
+  encoder: nn.Module,
+  views: tuple[ViewSpec, ...],
+  run: Run,
+  num_prototypes: int = 3000,
+  temperature: float = 0.1,
+  eps: float = 0.05,
+  iterations: int = 3,
+  queue_size: int = 0,
+  queue_start: float = 15.0,
+  freeze_epochs: float = 1.0,
+  hidden_dim: int = 2048,
+  out_dim: int = 128,
+) -> Method:
+  """SwAV's Method.
+
+  Args:
+    encoder: called as encoder(images, train) -> Features.
+    views: "global" with count 2 or more, and optionally "local"; codes come from the first two.
+    run: queue_size must be a multiple of its batch size; epochs are counted with it.
+    num_prototypes: K; about ten times as many as there are classes.
+    temperature: of the predictions' softmax. eps: of Sinkhorn; 0.03 where the loss stays at ln K.
+    iterations: of Sinkhorn.
+    queue_size: embeddings of earlier batches that codes are made with, 0 = none; for small batches.
+    queue_start: epochs before the queue is used.
+    freeze_epochs: while the prototypes get no gradient.
+    hidden_dim, out_dim: of the projector.
+  """
+  check_positive("swav", temperature=temperature, eps=eps)
+  if queue_size:
+    check_queue("swav", queue_size, run)
+  global_views(views, method="swav", at_least=NUM_CODED)
+  network = JointEmbedding(
+    encoder,
+    MLP(hidden=hidden_dim, out=out_dim, final_norm=False, final_bias=True),
+    Prototypes(num_prototypes),
+  )
+  frozen_steps = round(freeze_epochs * run.steps_per_epoch)
+  first_queue_step = max(round(queue_start * run.steps_per_epoch), queue_size // run.batch_size)
+
+  def init(key, views):
+    params, stats = init_network(network, key, fold_views(views["global"]))
+    return params, {"batch_stats": stats, "queue": jnp.zeros((NUM_CODED, queue_size, out_dim))}
+
+  def codes(scores_BK, queue_QP, kernel_KP, step):
+    alone_BK = sinkhorn(scores_BK, eps=eps, iterations=iterations)
+    if not queue_size:
+      return alone_BK
+    both = jnp.concatenate([scores_BK, queue_QP @ kernel_KP.T])
+    with_queue_BK = sinkhorn(both, eps=eps, iterations=iterations)[: scores_BK.shape[0]]
+    return jnp.where(step >= first_queue_step, with_queue_BK, alone_BK)
+
+  def loss(params, method_state, views, key, step):
+    keys, queue = jax.random.split(key), method_state["queue"]
+    params = freeze(params, "predictor", step < frozen_steps)
+    (h_BVD, z_BVP, s_BVK), stats = forward(
+      network, params, method_state["batch_stats"], views["global"], keys[0]
+    )
+    kernel_KP = params["predictor"]["kernel"]
+    codes_BTK = jax.lax.stop_gradient(
+      jnp.stack([codes(s_BVK[:, t], queue[t], kernel_KP, step) for t in range(NUM_CODED)], 1)
+    )
+    if "local" in views:
+      (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
+      s_BVK = jnp.concatenate([s_BVK, s], axis=1)
+    value = cross_view_entropy(codes_BTK, s_BVK, temperature=temperature)
+    usage_K = jnp.mean(codes_BTK, axis=(0, 1))
+    z_BVP = jax.lax.stop_gradient(normalise(z_BVP))
+    if queue_size:
+      queue = jnp.stack([push(queue[t], z_BVP[:, t]) for t in range(NUM_CODED)])
+    aux = Aux(
+      method_state={"batch_stats": stats, "queue": queue},
+      metrics={
+        "swapped": value,
+        "prototype_entropy": -jnp.sum(jax.scipy.special.xlogy(usage_K, usage_K)),
+      },
+      features=jax.lax.stop_gradient(h_BVD[:, 0]),
+      embeddings=z_BVP[:, 0],
+      targets=z_BVP[:, 1],
+    )
+    return value, aux
+
+  def after_update(params, method_state, step):
+    del step
+    kernel_KP = normalise(params["predictor"]["kernel"])
+    return params | {"predictor": {"kernel": kernel_KP}}, method_state
+
+  return Method(views, init, loss, after_update, encode_with(encoder))
