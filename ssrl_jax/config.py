@@ -92,6 +92,9 @@ def base_config(method: str) -> ConfigDict:
 
   c.global_views = view_group()
   c.local_views = view_group(count=0)  # 0 = none; only methods that know what to do with them
+  c.views_ramp = ConfigDict()  # crops, colours and blur that grow stronger while training
+  c.views_ramp.start = 1.0  # strength at step 0, from 0 (largest crops and flips alone) to 1 = off
+  c.views_ramp.epochs = 0.0  # over which it grows linearly to 1
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # adamw | lars | sgd

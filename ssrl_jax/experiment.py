@@ -20,7 +20,7 @@ from ssrl_jax.methods import METHODS
 from ssrl_jax.models import make_encoder
 from ssrl_jax.probe import init_probe
 from ssrl_jax.state import TrainState
-from ssrl_jax.views import check_specs
+from ssrl_jax.views import abstract_views, check_ramp, check_specs
 
 
 class Experiment(NamedTuple):
@@ -79,6 +79,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
   if total_steps < 1:
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
+  check_ramp(**config.views_ramp)
   name, options = split_name(config.method)
   if name not in METHODS:
     raise ValueError(nearest(name, METHODS, "method"))
@@ -108,7 +109,7 @@ def split_name(group: ConfigDict) -> tuple[str, dict[str, Any]]:
 def init_state(experiment: Experiment, key: Array) -> TrainState:
   """The state at step 0; pure, to be compiled or traced."""
   method, config = experiment.method, experiment.config
-  views = {s.name: jnp.zeros((2, s.count, s.size, s.size, 3)) for s in method.views}
+  views = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_views(method.views, 2))
   params, method_state = method.init(jax.random.fold_in(key, 0), views)
   probe = ()
   if experiment.num_classes:

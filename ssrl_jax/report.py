@@ -192,6 +192,7 @@ def _training(metrics: list[dict[str, Any]]) -> str:
     charts.curves(metrics, "Terms of the loss", {t: t.removeprefix("loss/") for t in terms}),
     charts.curves(metrics, "Online probe, % of training views right", {"probe/accuracy": ""}),
     charts.curves(metrics, "Learning rate", {"learning_rate": ""}),
+    charts.curves(metrics, "Strength of the views", {"data/views_strength": ""}, limits=(0, None)),
     charts.curves(metrics, "Images a second", {"images_per_second": ""}, limits=(0, None)),
     charts.curves(
       metrics, "Use of the device, %",

@@ -81,6 +81,12 @@ def make_views(experiment):
   """Noise pictures; the views of one differ by less than two pictures do."""
   rng, views = np.random.default_rng(0), {}
   for name, shape in abstract_views(experiment).items():
+    if name.endswith("_box"):  # quarters of the picture, one in four of them mirrored
+      corner = np.random.default_rng(1).integers(0, 2, (*shape.shape[:2], 2)) / 2
+      box = np.concatenate([corner, corner + 0.5], axis=-1).astype(np.float32)
+      box[::4] = box[::4][..., [0, 3, 2, 1]]
+      views[name] = box
+      continue
     pictures = rng.normal(size=(shape.shape[0], 1, *shape.shape[2:]))
     views[name] = (pictures + 0.5 * rng.normal(size=shape.shape)).astype(np.float32)
   return views
