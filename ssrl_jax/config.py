@@ -75,7 +75,7 @@ def base_config(method: str) -> ConfigDict:
   )
 
   c.data = ConfigDict()
-  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | tfds:NAME
+  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | clips:PATH | tfds:NAME
   c.data.data_dir = ""  # of tfds; empty: its own default
   c.data.train = "train"  # split to train on, and the bank of k-NN and linear
   c.data.test = "test"  # split to evaluate on
@@ -83,6 +83,11 @@ def base_config(method: str) -> ConfigDict:
   c.data.num_train = 0  # this many training images, drawn with `seed_subset`; 0 = all
   c.data.num_test = 0  # likewise of the test images; 0 = all
   c.data.seed_subset = 0  # which ones: the same for every seed of a run
+  c.data.frames = 1  # of clips: frames an example, of which view v shows the (v % frames)-th
+  c.data.frame_span = 0  # they are drawn from a random window of so many frames; 0 = whole clip
+  c.data.sampling = "uniform"  # uniform: each once an epoch | class: balanced | weights | clusters
+  c.data.sampling_file = ""  # .npy of one weight or cluster number for each training example
+  c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process
   c.data.mean = (0.485, 0.456, 0.406)  # subtracted from pixels in [0, 1]

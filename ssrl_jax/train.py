@@ -19,8 +19,15 @@ import optax
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.data.pipeline import Batches, train_batches
+from ssrl_jax.data.sampling import position
 from ssrl_jax.data.sources import Source
-from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, create_state
+from ssrl_jax.experiment import (
+  Experiment,
+  abstract_batch,
+  abstract_state,
+  create_state,
+  training_sampling,
+)
 from ssrl_jax.flops import count_flops, peak_flops
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import Writer, collapse, first_non_finite, global_norm, health
@@ -283,7 +290,7 @@ def train(
         state, metrics = compiled(state, parallel.to_device(batch, experiment.mesh))
         if pending:  # the step before this one: its metrics come while this one runs
           settle(pending)
-        pending = (step, metrics, batch["id"])
+        pending = (step, metrics, position(batch["id"]))
         stop = stopped()
         if step % config.checkpoint.every_steps == 0 or step == total or stop:
           settle(pending)
@@ -336,6 +343,9 @@ def training_batches(experiment: Experiment, source: Source, *, start_step: int)
     threads=config.data.threads,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    sampling=training_sampling(config, source),
+    frames=config.data.frames,
+    frame_span=config.data.frame_span,
   )
 
 
