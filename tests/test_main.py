@@ -253,13 +253,16 @@ def test_harmless_change_goes_on(finished, tmp_path):
 
 
 def test_nan_stops_the_run_and_names_step_images_and_tensor(tmp_path):
+  np.save(tmp_path / "weights.npy", [9.0] * 8 + [1.0] * 120)  # some twice in a batch
   line = fails_with_one_line(
     SMOKE, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38",
-    "--config.checkpoint.every_steps=1",
+    "--config.checkpoint.every_steps=1", "--config.data.sampling=weights",
+    f"--config.data.sampling_file={tmp_path / 'weights.npy'}",
   )  # fmt: skip
   assert re.search(r"step \d+: NaN or infinity, first in '[a-z/_0-9A-Z]+'", line)
   record = json.loads((tmp_path / "non_finite.json").read_text())
-  assert len(record["ids"]) == 16
+  assert len(record["ids"]) == 16 > len(set(record["ids"]))
+  assert max(record["ids"]) < 128  # positions, whichever copy it was
   assert str(record["ids"][0]) in line
   saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
   assert max(saved, default=0) < record["step"]
