@@ -192,7 +192,6 @@ def _training(metrics: list[dict[str, Any]]) -> str:
     charts.curves(metrics, "Terms of the loss", {t: t.removeprefix("loss/") for t in terms}),
     charts.curves(metrics, "Online probe, % of training views right", {"probe/accuracy": ""}),
     charts.curves(metrics, "Learning rate", {"learning_rate": ""}),
-    charts.curves(metrics, "Strength of the views", {"data/views_strength": ""}, limits=(0, None)),
     charts.curves(metrics, "Images a second", {"images_per_second": ""}, limits=(0, None)),
     charts.curves(
       metrics, "Use of the device, %",
@@ -200,6 +199,9 @@ def _training(metrics: list[dict[str, Any]]) -> str:
       limits=(0, None),
     ),
   ]  # fmt: skip
+  ramp = {"data/views_strength": ""}
+  if any(key in r for key in ramp for r in metrics):  # the ramp is on
+    drawn.append(charts.curves(metrics, "Strength of the views", ramp, limits=(0, None)))
   return _panels(drawn, metrics, ("loss", "probe/", "learning_rate", "images_per_second"))
 
 
