@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import measure, write_results
-from ssrl_jax import views
+from ssrl_jax import pixels, views
 from ssrl_jax.method import ViewSpec
 
 # (canvas, size of the view, batch of images). The canvas of 256 is what a host sends for 224.
@@ -52,23 +52,23 @@ def operations(
   draws = jax.vmap(lambda key, extent: views.draw(key, extent, spec, 0))(keys, batch["extent"])
   canvases = batch["image"].astype(jnp.float32) / 255
   pictures = jax.random.uniform(jax.random.key(1), (b, size, size, 3))
-  crop = partial(views.resized_crop, size=size)
-  norm = partial(views.normalise, mean=spec.mean, std=spec.std)
+  crop = partial(pixels.resized_crop, size=size)
+  norm = partial(pixels.normalise, mean=spec.mean, std=spec.std)
   order = jnp.arange(4)
   return {
     "draw (all random numbers)": (lambda k, e: views.draw(k, e, spec, 0), (keys, batch["extent"])),
     "resized_crop and flip": (crop, (canvases, draws.box, draws.flip)),
     "colour_jitter": (
-      lambda image, factors: views.colour_jitter(image, factors, order),
+      lambda image, factors: pixels.colour_jitter(image, factors, order),
       (pictures, draws.factors),
     ),
-    "adjust_brightness": (views.adjust_brightness, (pictures, draws.factors[:, 0])),
-    "adjust_contrast": (views.adjust_contrast, (pictures, draws.factors[:, 1])),
-    "adjust_saturation": (views.adjust_saturation, (pictures, draws.factors[:, 2])),
-    "adjust_hue": (views.adjust_hue, (pictures, draws.factors[:, 3])),
-    "greyscale": (views.greyscale, (pictures,)),
-    "gaussian_blur": (views.gaussian_blur, (pictures, draws.sigma)),
-    "solarise": (views.solarise, (pictures,)),
+    "adjust_brightness": (pixels.adjust_brightness, (pictures, draws.factors[:, 0])),
+    "adjust_contrast": (pixels.adjust_contrast, (pictures, draws.factors[:, 1])),
+    "adjust_saturation": (pixels.adjust_saturation, (pictures, draws.factors[:, 2])),
+    "adjust_hue": (pixels.adjust_hue, (pictures, draws.factors[:, 3])),
+    "greyscale": (pixels.greyscale, (pictures,)),
+    "gaussian_blur": (pixels.gaussian_blur, (pictures, draws.sigma)),
+    "solarise": (pixels.solarise, (pictures,)),
     "normalise": (norm, (pictures,)),
   }
 

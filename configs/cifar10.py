@@ -7,8 +7,8 @@ Hardware  one GPU
 Settings  solo-learn's for CIFAR and 1000 epochs (scripts/pretrain/cifar), where it has the method;
           its LARS is our larc with clip_ratio. Epochs are 200 here: --config.epochs=1000 for theirs
 Expected  linear % after 1000 epochs, solo-learn's claims: simclr 90.7, moco_v2 92.9, moco_v3 93.1,
-          nnclr 91.9, byol 92.6, simsiam 90.5, barlow_twins 92.1, vicreg 92.1, w_mse 88.7, swav 89.2,
-          dino 89.5, supcon 93.8; SIGReg 91.0 after 300 (eb_jepa's claim). Others: none known to us
+          nnclr 91.9, byol 92.6, simsiam 90.5, barlow_twins 92.1, vicreg 92.1, w_mse 88.7,
+          swav 89.2, dino 89.5, supcon 93.8; SIGReg 91.0 after 300 (eb_jepa's claim)
 Status    not run on a GPU; configs/cifar10_cpu.py is this data at a budget for two CPU cores, run
 """
 

@@ -76,7 +76,7 @@ def base_config(method: str) -> ConfigDict:
     c.encoder[name] = ConfigDict({"enabled": False, **options})
 
   c.data = ConfigDict()
-  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | tfds:NAME
+  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | clips:PATH | tfds:NAME
   c.data.data_dir = ""  # of tfds; empty: its own default
   c.data.train = "train"  # split to train on, and the bank of k-NN and linear
   c.data.test = "test"  # split to evaluate on
@@ -84,6 +84,11 @@ def base_config(method: str) -> ConfigDict:
   c.data.num_train = 0  # this many training images, drawn with `seed_subset`; 0 = all
   c.data.num_test = 0  # likewise of the test images; 0 = all
   c.data.seed_subset = 0  # which ones: the same for every seed of a run
+  c.data.frames = 1  # of clips: frames an example, of which view v shows the (v % frames)-th
+  c.data.frame_span = 0  # they are drawn from a random window of so many frames; 0 = whole clip
+  c.data.sampling = "uniform"  # uniform: each once an epoch | class: balanced | weights | clusters
+  c.data.sampling_file = ""  # .npy of one weight or cluster number for each training example
+  c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process
   c.data.mean = (0.485, 0.456, 0.406)  # subtracted from pixels in [0, 1]
@@ -93,6 +98,9 @@ def base_config(method: str) -> ConfigDict:
 
   c.global_views = view_group()
   c.local_views = view_group(count=0)  # 0 = none; only methods that know what to do with them
+  c.views_ramp = ConfigDict()  # crops, colours and blur that grow stronger while training
+  c.views_ramp.start = 1.0  # strength at step 0, from 0 (largest crops and flips alone) to 1 = off
+  c.views_ramp.epochs = 0.0  # over which it grows linearly to 1
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # adamw | lars | larc | sgd

@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 from ssrl_jax import optim, parallel
 from ssrl_jax.config import nearest
 from ssrl_jax.data import sources
+from ssrl_jax.data.sampling import Sampling, make_sampling
 from ssrl_jax.method import Array, Method, Run, ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.models import make_encoder
 from ssrl_jax.probe import init_probe
 from ssrl_jax.state import TrainState
-from ssrl_jax.views import check_specs
+from ssrl_jax.views import abstract_views, check_ramp, check_specs
 
 
 class Experiment(NamedTuple):
@@ -45,6 +46,12 @@ def view_specs(config: ConfigDict) -> tuple[ViewSpec, ...]:
     if group.count
   )
   check_specs(specs)
+  most = max((spec.count for spec in specs), default=1)
+  if not 1 <= config.data.frames <= most:
+    raise ValueError(
+      f"data.frames is {config.data.frames}; expected 1 to {most}, the most views of a kind: each "
+      "shows one frame, and further frames would be read and never seen"
+    )
   return specs
 
 
@@ -58,6 +65,19 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
     size=data.canvas,
     limit=data.num_train if split == "train" else data.num_test,
     seed=data.seed_subset,
+  )
+
+
+def training_sampling(config: ConfigDict, source: sources.Source) -> Sampling | None:
+  """How often each training example is drawn; None: once an epoch.
+
+  Raises:
+    ValueError: the source cannot be sampled, or its examples have no frames, as `data` asks.
+  """
+  data = config.data
+  sources.check_frames(source, data.frames, data.frame_span)
+  return make_sampling(
+    source, sampling=data.sampling, file=data.sampling_file, power=data.sampling_power
   )
 
 
@@ -79,6 +99,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
   if total_steps < 1:
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
+  check_ramp(**config.views_ramp)
   name, options = split_name(config.method)
   if name not in METHODS:
     raise ValueError(nearest(name, METHODS, "method"))
@@ -109,7 +130,7 @@ def split_name(group: ConfigDict) -> tuple[str, dict[str, Any]]:
 def init_state(experiment: Experiment, key: Array) -> TrainState:
   """The state at step 0; pure, to be compiled or traced."""
   method, config = experiment.method, experiment.config
-  views = {s.name: jnp.zeros((2, s.count, s.size, s.size, 3)) for s in method.views}
+  views = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_views(method.views, 2))
   params, method_state = method.init(jax.random.fold_in(key, 0), views)
   probe = ()
   if experiment.num_classes:
@@ -151,10 +172,11 @@ def create_state(experiment: Experiment) -> TrainState:
 
 def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   """The batch contract as shapes: what the compiled step is given."""
-  b, s = experiment.config.batch_size, experiment.config.data.canvas
+  data, b = experiment.config.data, experiment.config.batch_size
+  frames = (data.frames,) if data.frames > 1 else ()
   sharding = parallel.batch_sharding(experiment.mesh)
   shapes = {
-    "image": ((b, s, s, 3), np.uint8),
+    "image": ((b, *frames, data.canvas, data.canvas, 3), np.uint8),
     "extent": ((b, 2), np.int32),
     "label": ((b,), np.int32),
     "id": ((b, 2), np.uint32),

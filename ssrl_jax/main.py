@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from ssrl_jax import parallel
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
-from ssrl_jax.experiment import abstract_state, build, open_split
+from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import open_run_folder, write_results
@@ -56,6 +56,7 @@ def run(argv: list[str]) -> int:
 
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+  training_sampling(config, source)  # what is wrong with it is said before there is a folder
   params, test = abstract_state(experiment).params, open_test(experiment, source)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")

@@ -22,7 +22,8 @@ MethodState = Any  # a pytree of arrays, not trained by gradient: batch statisti
 class ViewSpec(NamedTuple):
   """One kind of random view, as data. Probabilities are in [0, 1]; area is relative to the picture.
 
-  `make_views` turns a batch into `{spec.name: float32 [B, count, size, size, 3]}`, normalised.
+  `make_views` turns a batch into `{spec.name: float32 [B, count, size, size, 3]}`, normalised, and
+  `{box_name(spec.name): float32 [B, count, 4]}`, where in the picture each view lies.
   """
 
   name: str  # key of the views in the dictionary handed to `Method.loss`
@@ -42,6 +43,11 @@ class ViewSpec(NamedTuple):
   solarise: tuple[float, ...] = (0.0,)  # probability, for each of the count views (or one for all)
   mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted, pixels being in [0, 1]
   std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # divided by
+
+
+def box_name(name: str) -> str:
+  """The key of the boxes of the views `name`."""
+  return f"{name}_box"
 
 
 class Features(NamedTuple):

@@ -199,6 +199,9 @@ def _training(metrics: list[dict[str, Any]]) -> str:
       limits=(0, None),
     ),
   ]  # fmt: skip
+  ramp = {"data/views_strength": ""}
+  if any(key in r for key in ramp for r in metrics):  # the ramp is on
+    drawn.append(charts.curves(metrics, "Strength of the views", ramp, limits=(0, None)))
   return _panels(drawn, metrics, ("loss", "probe/", "learning_rate", "images_per_second"))
 
 

@@ -19,14 +19,23 @@ import optax
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.data.pipeline import Batches, train_batches
+from ssrl_jax.data.sampling import position
 from ssrl_jax.data.sources import Source
-from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, create_state
+from ssrl_jax.experiment import (
+  Experiment,
+  abstract_batch,
+  abstract_state,
+  create_state,
+  training_sampling,
+)
 from ssrl_jax.flops import count_flops, peak_flops
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import Writer, collapse, first_non_finite, global_norm, health
+from ssrl_jax.pixels import denormalise
 from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
-from ssrl_jax.views import denormalise, make_views
+from ssrl_jax.views import abstract_views as views_shapes
+from ssrl_jax.views import make_views, strength_at
 
 Batch = dict[str, Array]
 
@@ -35,6 +44,13 @@ def step_keys(key: Array, step: Array) -> tuple[Array, Array]:
   """The keys of a step's views and of its loss: a pure function of the run's key and the step."""
   key = jax.random.fold_in(key, step)
   return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
+
+def views_strength(experiment: Experiment, step: Array) -> float | Array:
+  """How strong the views of the update after `step` are, in [0, 1]; 1.0 where the ramp is off."""
+  return strength_at(
+    step, **experiment.config.views_ramp, steps_per_epoch=experiment.steps_per_epoch
+  )
 
 
 def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple]:
@@ -48,7 +64,8 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
 
   def train_step(state, batch):
     view_key, loss_key = step_keys(state.key, state.step)
-    views = make_views(view_key, batch, method.views)
+    strength = views_strength(experiment, state.step)
+    views = make_views(view_key, batch, method.views, strength)
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
       state.params, state.method_state, views | {"label": batch["label"]}, loss_key, state.step
     )
@@ -77,8 +94,10 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
       key=state.key,
     )
     metrics["data/substituted"] = new_state.substituted
+    if not isinstance(strength, float):  # the ramp is on
+      metrics["data/views_strength"] = strength
     watched = {
-      "1_views": views,
+      "1_views": {spec.name: views[spec.name] for spec in method.views},
       "2_features": aux.features,
       "3_embeddings": aux.embeddings,
       "4_loss": {"total": loss, **aux.metrics},
@@ -122,12 +141,10 @@ def flops_per_step(experiment: Experiment) -> float:
 
 
 def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of what the loss is given: what `make_views` returns, and the labels."""
-  b, views = experiment.config.batch_size, {}
-  for s in experiment.method.views:
-    views[s.name] = jax.ShapeDtypeStruct((b, s.count, s.size, s.size, 3), jnp.float32)
-    views[f"{s.name}_box"] = jax.ShapeDtypeStruct((b, s.count, 4), jnp.float32)
-  return views | {"label": jax.ShapeDtypeStruct((b,), jnp.int32)}
+  """Shapes of what the loss is given: what `make_views` returns for a global batch, and labels."""
+  b = experiment.config.batch_size
+  shapes = views_shapes(experiment.method.views, b)
+  return shapes | {"label": jax.ShapeDtypeStruct((b,), jnp.int32)}
 
 
 class Stopwatch:
@@ -276,7 +293,7 @@ def train(
         state, metrics = compiled(state, parallel.to_device(batch, experiment.mesh))
         if pending:  # the step before this one: its metrics come while this one runs
           settle(pending)
-        pending = (step, metrics, batch["id"])
+        pending = (step, metrics, position(batch["id"]))
         stop = stopped()
         if step % config.checkpoint.every_steps == 0 or step == total or stop:
           settle(pending)
@@ -307,9 +324,10 @@ def views_fed(
   batches = training_batches(experiment, source, start_step=0)
   batch = parallel.to_device(next(batches), experiment.mesh)
   batches.close()
-  view_key, _ = step_keys(key, jnp.zeros((), jnp.int32))
-  views = jax.jit(lambda k, b: make_views(k, b, specs))(view_key, batch)
-  first = {name: views[name][:num_images] for name in views}
+  step = jnp.zeros((), jnp.int32)
+  view_key, strength = step_keys(key, step)[0], views_strength(experiment, step)
+  views = jax.jit(lambda k, b: make_views(k, b, specs, strength))(view_key, batch)
+  first = {spec.name: views[spec.name][:num_images] for spec in specs}
   return {
     name: np.asarray(denormalise(v, config.data.mean, config.data.std)) for name, v in first.items()
   }
@@ -328,6 +346,9 @@ def training_batches(experiment: Experiment, source: Source, *, start_step: int)
     threads=config.data.threads,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    sampling=training_sampling(config, source),
+    frames=config.data.frames,
+    frame_span=config.data.frame_span,
   )
 
 

@@ -5,9 +5,7 @@
 picture gets is a function of the key, the picture's id, the spec's name and the view's number, and
 of nothing else: not of the batch, the picture's place in it, the other specs or the devices.
 
-Where libraries differ, torchvision's definitions are followed: brightness multiplies, contrast
-blends with the mean grey level, saturation blends with the greyscale picture, hue turns the HSV
-colour circle. Nothing is rounded to 8 bits on the way.
+`ssrl_jax/pixels.py` has the operations themselves.
 
 Shapes: B batch, H W C picture, S side of the canvas, J jitter operations in use, T tries.
 """
@@ -15,16 +13,26 @@ Shapes: B batch, H W C picture, S side of the canvas, J jitter operations in use
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssrl_jax.method import Array, ViewSpec
+from ssrl_jax.method import Array, ViewSpec, box_name
+from ssrl_jax.pixels import (
+  colour_jitter,
+  gaussian_blur,
+  greyscale,
+  normalise,
+  resample,
+  resize_weights,
+  resized_crop,
+  solarise,
+)
 
 TRIES = 10  # crops drawn before giving up on the area and aspect asked for, as torchvision
-GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma of red, green, blue; what PIL and torchvision use
 
 
 class Draws(NamedTuple):
@@ -41,9 +49,9 @@ class Draws(NamedTuple):
 
 
 def make_views(
-  key: Array, batch: dict[str, Array], specs: tuple[ViewSpec, ...]
+  key: Array, batch: dict[str, Array], specs: tuple[ViewSpec, ...], strength: float | Array = 1.0
 ) -> dict[str, Array]:
-  """Every view of every spec.
+  """Every view of every spec, and where in the picture it lies.
 
   The order of the jitter operations is drawn once for all pictures of a batch, anew for each view
   (torchvision draws it for each picture): an order of its own for each picture would make the
@@ -51,39 +59,71 @@ def make_views(
 
   Args:
     key: of this step; a new one gives new views.
-    batch: image uint8 [B, S, S, 3], the picture at the top left of its canvas; extent int32 [B, 2],
-      the picture's height and width; id uint32 [B, 2], low and high word of the picture's position.
+    batch: image uint8 [B, S, S, 3], the picture at the top left of its canvas, or [B, F, S, S, 3],
+      of which view number v shows frame v % F; extent int32 [B, 2], height and width of the picture
+      or of every frame; id uint32 [B, 2], low and high word of the picture's position.
     specs: see `check_specs`.
+    strength: in [0, 1]; see `draw`. The float 1.0 costs nothing.
 
   Returns:
-    {spec.name: float32 [B, spec.count, spec.size, spec.size, 3]}, normalised.
+    {spec.name: float32 [B, spec.count, spec.size, spec.size, 3], normalised} and, for each spec,
+    {box_name(spec.name): float32 [B, spec.count, 4]}: the top, left, bottom and right edge of the
+    view, in [0, 1] of the picture's extent; in a mirrored view left and right change places.
   """
   check_specs(specs)
-  return {spec.name: _views_of(key, batch, spec) for spec in specs}
+  views = {}
+  for spec in specs:
+    views[spec.name], views[box_name(spec.name)] = _views_of(key, batch, spec, strength)
+  return views
 
 
-def _views_of(key: Array, batch: dict[str, Array], spec: ViewSpec) -> Array:
-  """All views of one spec, float32 [B, count, size, size, 3]."""
+def abstract_views(specs: tuple[ViewSpec, ...], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and types of what `make_views` returns."""
+  shapes = {}
+  for spec in specs:
+    shapes[spec.name] = (batch_size, spec.count, spec.size, spec.size, 3)
+    shapes[box_name(spec.name)] = (batch_size, spec.count, 4)
+  return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def strength_at(step: Array, *, start: float, epochs: float, steps_per_epoch: int) -> float | Array:
+  """The views' strength after `step` updates: linear from `start` to 1, reached after `epochs`."""
+  if start == 1:
+    return 1.0
+  done = jnp.clip(step / (epochs * steps_per_epoch), 0, 1)
+  return (1 - done) * start + done
+
+
+def _views_of(
+  key: Array, batch: dict[str, Array], spec: ViewSpec, strength: float | Array
+) -> tuple[Array, Array]:
+  """All views of one spec, float32 [B, count, size, size, 3], and their boxes [B, count, 4]."""
   spec_key = jax.random.fold_in(key, np.uint32(zlib.crc32(spec.name.encode())))
   # A loop, not a batch: compiled once for any count, and the order of the jitter stays a scalar.
-  views_VBHWC = jax.lax.map(
-    lambda view: _one_view(jax.random.fold_in(spec_key, view), batch, spec, view),
+  views_VBHWC, box_VB4 = jax.lax.map(
+    lambda view: _one_view(jax.random.fold_in(spec_key, view), batch, spec, view, strength),
     jnp.arange(spec.count),
   )
-  return jnp.swapaxes(views_VBHWC, 0, 1)
+  return jnp.swapaxes(views_VBHWC, 0, 1), jnp.swapaxes(box_VB4, 0, 1)
 
 
-def _one_view(key: Array, batch: dict[str, Array], spec: ViewSpec, view: Array) -> Array:
-  """View number `view` of every picture, float32 [B, size, size, 3]."""
+def _one_view(
+  key: Array, batch: dict[str, Array], spec: ViewSpec, view: Array, strength: float | Array
+) -> tuple[Array, Array]:
+  """View number `view` of every picture, float32 [B, size, size, 3], and its box [B, 4]."""
   order_key, picture_key = jax.random.split(key)
   order_J = jax.random.permutation(order_key, len(jitter_operations(spec)))
+  image_BSSC = batch["image"]
+  if image_BSSC.ndim == 5:  # [B, F, S, S, 3]
+    frame = view % image_BSSC.shape[1]
+    image_BSSC = jax.lax.dynamic_index_in_dim(image_BSSC, frame, axis=1, keepdims=False)
 
   def one(image_SSC, extent_2, id_2):
     own_key = jax.random.fold_in(jax.random.fold_in(picture_key, id_2[0]), id_2[1])
-    draws = draw(own_key, extent_2, spec, view)
-    return render(image_SSC, draws, order_J, spec)
+    draws = draw(own_key, extent_2, spec, view, strength)
+    return render(image_SSC, draws, order_J, spec), relative_box(draws, extent_2)
 
-  return jax.vmap(one)(batch["image"], batch["extent"], batch["id"])
+  return jax.vmap(one)(image_BSSC, batch["extent"], batch["id"])
 
 
 def eval_view(
@@ -120,42 +160,58 @@ def eval_view(
     scale_2 = extent_2 / resized_2  # pixels of the picture for one of the view
     start_2 = jnp.round((resized_2 - size) / 2) * scale_2
     rows_OH, cols_OW = (
-      _resize_weights(image_SSC.shape[i], size, start_2[i], size * scale_2[i], 0, extent_2[i])
+      resize_weights(image_SSC.shape[i], size, start_2[i], size * scale_2[i], 0, extent_2[i])
       for i in range(2)
     )
     canvas_SSC = image_SSC.astype(jnp.float32) / 255
-    return normalise(_resample(canvas_SSC, rows_OH, cols_OW), mean, std)
+    return normalise(resample(canvas_SSC, rows_OH, cols_OW), mean, std)
 
   return jax.vmap(one)(batch["image"], batch["extent"])
 
 
-def denormalise(views: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-  """Undoes `normalise` for looking at: float [..., 3] -> uint8 [..., 3], clipped and rounded."""
-  pixels = views * _channels(std, views.ndim) + _channels(mean, views.ndim)
-  return jnp.round(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
+def draw(
+  key: Array, extent_2: Array, spec: ViewSpec, view: Array | int, strength: float | Array = 1.0
+) -> Draws:
+  """Draws view number `view` of one picture of height and width `extent_2`.
 
-
-def draw(key: Array, extent_2: Array, spec: ViewSpec, view: Array | int) -> Draws:
-  """Draws view number `view` of one picture of height and width `extent_2`."""
+  `strength` in [0, 1] multiplies every probability but that of the flip, moves the jitter's factors
+  towards doing nothing and the smallest crop towards the largest. At 1 it changes no bit.
+  """
   # One call for all the numbers: compiling a call costs far more than drawing a few too many.
   u = jax.random.uniform(key, (2 * TRIES + 12,))
   flip, jitter, *u_factors, greyscale, blur, sigma, solarise = u[2 * TRIES + 2 :]
   strengths = (spec.brightness, spec.contrast, spec.saturation)
   ranges = [(max(0.0, 1 - x), 1 + x) for x in strengths] + [(-spec.hue, spec.hue)]
+  factors = jnp.stack([_between(x, *low_high) for x, low_high in zip(u_factors, ranges)])
+  u_crop, ease = u[: 2 * TRIES + 2], partial(_ease, strength=strength)
   return Draws(
-    box=crop_box(u[: 2 * TRIES + 2], extent_2, area=spec.area, aspect=spec.aspect),
+    box=crop_box(u_crop, extent_2, area=spec.area, aspect=spec.aspect, strength=strength),
     flip=flip < spec.flip,
-    jitter=jitter < spec.jitter,
-    factors=jnp.stack([_between(x, *low_high) for x, low_high in zip(u_factors, ranges)]),
-    greyscale=greyscale < spec.greyscale,
-    blur=blur < _of_view(spec.blur, spec.count)[view],
+    jitter=jitter < ease(spec.jitter),
+    factors=ease(factors, np.float32([1, 1, 1, 0])),
+    greyscale=greyscale < ease(spec.greyscale),
+    blur=blur < ease(_of_view(spec.blur, spec.count)[view]),
     sigma=_between(sigma, *spec.blur_sigma),
-    solarise=solarise < _of_view(spec.solarise, spec.count)[view],
+    solarise=solarise < ease(_of_view(spec.solarise, spec.count)[view]),
   )
 
 
+def relative_box(draws: Draws, extent_2: Array) -> Array:
+  """Top, left, bottom, right in [0, 1] of the extent; float32 [4]. See `make_views`."""
+  top, left, height, width = draws.box
+  h, w = extent_2[0].astype(jnp.float32), extent_2[1].astype(jnp.float32)
+  near, far = left / w, (left + width) / w
+  left, right = jnp.where(draws.flip, far, near), jnp.where(draws.flip, near, far)
+  return jnp.stack([top / h, left, (top + height) / h, right])
+
+
 def crop_box(
-  u: Array, extent_2: Array, *, area: tuple[float, float], aspect: tuple[float, float]
+  u: Array,
+  extent_2: Array,
+  *,
+  area: tuple[float, float],
+  aspect: tuple[float, float],
+  strength: float | Array = 1.0,
 ) -> Array:
   """torchvision's RandomResizedCrop.get_params.
 
@@ -166,12 +222,13 @@ def crop_box(
     u: float32 [2 * TRIES + 2], uniform in [0, 1): areas, aspect ratios, then top and left.
     extent_2: height and width of the picture.
     area, aspect: ranges as in `ViewSpec`.
+    strength: the smallest area is high - strength * (high - low).
 
   Returns:
     float32 [4]: top, left, height, width, whole numbers inside the picture.
   """
   h, w = extent_2[0].astype(jnp.float32), extent_2[1].astype(jnp.float32)
-  area_T = h * w * _between(u[:TRIES], *area)
+  area_T = h * w * _ease(_between(u[:TRIES], *area), area[1], strength=strength)
   aspect_T = jnp.exp(_between(u[TRIES : 2 * TRIES], np.log(aspect[0]), np.log(aspect[1])))
   width_T = jnp.round(jnp.sqrt(area_T * aspect_T))
   height_T = jnp.round(jnp.sqrt(area_T / aspect_T))
@@ -184,9 +241,6 @@ def crop_box(
   top = jnp.floor(jnp.where(any_fits, u[-2] * (h - height + 1), (h - height) / 2))
   left = jnp.floor(jnp.where(any_fits, u[-1] * (w - width + 1), (w - width) / 2))
   return jnp.stack([top, left, height, width])
-
-
-# What is done with it. Each operation takes and gives one picture, float32 [H, W, 3] in [0, 1].
 
 
 def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec) -> Array:
@@ -208,143 +262,6 @@ def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec) -> Ar
   return normalise(image_HWC, spec.mean, spec.std)
 
 
-def resized_crop(image_HWC: Array, box: Array, flip: Array, *, size: int) -> Array:
-  """Crops, resizes to [size, size, 3] (bicubic, antialiased, as PIL) and mirrors where `flip`.
-
-  Args:
-    box: float32 [4]: top, left, height, width. Nothing outside it is read.
-    flip: bool, left to right; mirroring the weights costs nothing.
-  """
-  top, left, height, width = box
-  rows_OH = _resize_weights(image_HWC.shape[0], size, top, height, top, top + height)
-  cols_OW = _resize_weights(image_HWC.shape[1], size, left, width, left, left + width)
-  return _resample(image_HWC, rows_OH, jnp.where(flip, cols_OW[::-1], cols_OW))
-
-
-def colour_jitter(
-  image_HWC: Array, factors: Array, order_J: Array, operations: tuple[int, ...] = (0, 1, 2, 3)
-) -> Array:
-  """Brightness, contrast, saturation and hue, one after the other.
-
-  Args:
-    factors: float32 [4], one for each of the four.
-    order_J: int32, a permutation of range(J). Under `vmap` it should be shared by all pictures.
-    operations: which of the four there are, J of them.
-  """
-  adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-  branches = [lambda image, factors, i=i: adjust[i](image, factors[i]) for i in operations]
-  for place in range(len(operations)):
-    image_HWC = jax.lax.switch(order_J[place], branches, image_HWC, factors)
-  return image_HWC
-
-
-def adjust_brightness(image_HWC: Array, factor: Array) -> Array:
-  """Multiplies, and clips to [0, 1]. (DeepMind's BYOL adds instead.)"""
-  return jnp.clip(image_HWC * factor, 0, 1)
-
-
-def adjust_contrast(image_HWC: Array, factor: Array) -> Array:
-  """Blends with the picture's mean grey level. (TensorFlow: with the mean of each channel.)"""
-  h, w, _ = image_HWC.shape
-  mean = jnp.sum(image_HWC * _channels(GREY, 3)) / (h * w)
-  return jnp.clip(image_HWC * factor + mean * (1 - factor), 0, 1)
-
-
-def adjust_saturation(image_HWC: Array, factor: Array) -> Array:
-  """Blends with the greyscale picture. (TensorFlow: multiplies the saturation of HSV.)"""
-  return jnp.clip(image_HWC * factor + greyscale(image_HWC) * (1 - factor), 0, 1)
-
-
-def adjust_hue(image_HWC: Array, shift: Array) -> Array:
-  """Turns the hue of HSV by `shift` of the circle; keeps value and saturation."""
-  r, g, b = image_HWC[..., 0], image_HWC[..., 1], image_HWC[..., 2]
-  high = jnp.maximum(jnp.maximum(r, g), b)
-  low = jnp.minimum(jnp.minimum(r, g), b)
-  chroma = high - low
-  inverse = 1 / jnp.where(chroma > 0, chroma, 1)
-  hue_of_g_or_b = jnp.where(high == g, 2 + (b - r) * inverse, 4 + (r - g) * inverse)
-  hue = jnp.where(high == r, (g - b) * inverse, hue_of_g_or_b) / 6 + shift
-
-  def channel(phase):  # x - floor(x), since a remainder is ten times slower on CPU
-    angle = hue + phase
-    return low + chroma * jnp.clip(jnp.abs(6 * (angle - jnp.floor(angle)) - 3) - 1, 0, 1)
-
-  return jnp.stack([channel(phase) for phase in (0.0, 2 / 3, 1 / 3)], axis=-1)
-
-
-def greyscale(image_HWC: Array) -> Array:
-  """The luma (`GREY`) in all three channels."""
-  r, g, b = image_HWC[..., :1], image_HWC[..., 1:2], image_HWC[..., 2:]
-  luma = GREY[0] * r + GREY[1] * g + GREY[2] * b
-  return jnp.broadcast_to(luma, image_HWC.shape)
-
-
-def blur_radius(size: int) -> int:
-  """Taps on each side of the centre: SimCLR's kernel of a tenth of the side, made odd, at least 3.
-
-  224 pixels have 23 taps, 32 pixels 3 (so that there a large sigma comes near a 3x3 mean).
-  """
-  return max(1, size // 10 // 2)
-
-
-def gaussian_blur(image_HWC: Array, sigma: Array) -> Array:
-  """Blurs a square picture; `sigma` in pixels, length of the kernel by `blur_radius`.
-
-  Beyond the border the nearest pixel is repeated, as PIL does. (TensorFlow and SimCLR pad with
-  zeros, which darkens borders; torchvision reflects.)
-  """
-  size = image_HWC.shape[0]
-  r = blur_radius(size)
-  offset_OI = np.arange(size + 2 * r)[None, :] - np.arange(size)[:, None] - r
-  weights_OI = jnp.where(np.abs(offset_OI) <= r, jnp.exp(-(offset_OI**2) / (2 * sigma**2)), 0)
-  weights_OI /= jnp.sum(weights_OI, axis=1, keepdims=True)
-  padded_HWC = jnp.pad(image_HWC, ((r, r), (r, r), (0, 0)), mode="edge")
-  return _resample(padded_HWC, weights_OI, weights_OI)
-
-
-def solarise(image_HWC: Array) -> Array:
-  """Inverts what is at least 0.5, as PIL and torchvision with threshold 128."""
-  return jnp.where(image_HWC < 0.5, image_HWC, 1 - image_HWC)
-
-
-def normalise(image_HWC: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-  """Subtracts the mean of each channel and divides by its standard deviation."""
-  return (image_HWC - _channels(mean, 3)) / _channels(std, 3)
-
-
-def _resample(image_HWC: Array, rows_OH: Array, cols_PW: Array) -> Array:
-  """Weighs rows and columns, clips to [0, 1] (bicubic overshoots): [H, W, C] -> [O, P, C].
-
-  Two dense products: as fast as `jax.image.scale_and_translate` on CPU, and what accelerators like.
-  """
-  exact = jax.lax.Precision.HIGHEST  # else an accelerator rounds to bfloat16 or TensorFloat-32
-  image_OWC = jnp.einsum("oh,hwc->owc", rows_OH, image_HWC, precision=exact)
-  return jnp.clip(jnp.einsum("pw,owc->opc", cols_PW, image_OWC, precision=exact), 0, 1)
-
-
-def _resize_weights(
-  num_in: int, num_out: int, start: Array, length: Array, low: Array | int, high: Array
-) -> Array:
-  """Bicubic antialiased weights [num_out, num_in] that resize [start, start + length).
-
-  The rows sum to 1 and give weight only to pixels inside [low, high), as PIL's resize does inside
-  the picture. When shrinking, the kernel widens with the scale.
-  """
-  scale = length / num_out
-  centre_O1 = start + (np.arange(num_out, dtype=np.float32)[:, None] + 0.5) * scale
-  pixel_1I = np.arange(num_in, dtype=np.float32)[None, :] + 0.5
-  weights_OI = _cubic((pixel_1I - centre_O1) / jnp.maximum(scale, 1))
-  weights_OI = jnp.where((low < pixel_1I) & (pixel_1I < high), weights_OI, 0)
-  return weights_OI / jnp.sum(weights_OI, axis=1, keepdims=True)
-
-
-def _cubic(x: Array) -> Array:
-  """Keys' cubic kernel with a = -0.5, PIL's BICUBIC; exactly 0 at whole numbers but 0."""
-  x = jnp.abs(x)
-  inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-  return jnp.where(x < 1, inner, jnp.where(x < 2, outer, 0))
-
-
 def jitter_operations(spec: ViewSpec) -> tuple[int, ...]:
   """Indices of the jitter operations that the spec uses; none where its probability is 0."""
   strengths = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
@@ -360,16 +277,18 @@ def _between(u: Array, low: float, high: float) -> Array:
   return low + (high - low) * u
 
 
-def _channels(values: tuple[float, ...], rank: int) -> np.ndarray:
-  """One value a channel, float32 [1, ..., 1, 3] of the given rank."""
-  return np.asarray(values, np.float32).reshape((1,) * (rank - 1) + (-1,))
+def _ease(full: Array | float, nothing: Array | float = 0.0, *, strength: float | Array) -> Array:
+  """From `nothing` to `full` by strength; exactly `full` at 1, without a computation at 1.0."""
+  if isinstance(strength, float) and strength == 1:
+    return full
+  return (1 - strength) * nothing + strength * full
 
 
 def check_specs(specs: tuple[ViewSpec, ...]) -> None:
   """Raises ValueError, with the value and what was expected, for a spec that makes no sense."""
-  if len({spec.name for spec in specs}) < len(specs):
-    names = [spec.name for spec in specs]
-    raise ValueError(f"two views have the same name: {names}; give each spec a name of its own")
+  names = [spec.name for spec in specs]
+  if len({*names, *map(box_name, names)}) < 2 * len(names):
+    raise ValueError(f"two views have the same name, or a box's: {names}; give each its own name")
   for spec in specs:
     checks = {
       ("count", "size"): (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
@@ -389,6 +308,19 @@ def check_specs(specs: tuple[ViewSpec, ...]) -> None:
       for field in fields:
         if not is_valid(value := getattr(spec, field)):
           raise ValueError(f"view {spec.name!r}: {field} is {value!r}; expected {expected}")
+
+
+def check_ramp(*, start: float, epochs: float) -> None:
+  """Raises ValueError for a ramp of the views' strength that makes no sense."""
+  if not 0 <= start <= 1:
+    raise ValueError(f"views_ramp.start is {start}; expected a strength from 0 to 1 (1 = off)")
+  if not 0 <= epochs < np.inf:
+    raise ValueError(f"views_ramp.epochs is {epochs}; expected 0 or more")
+  if start < 1 and not epochs:
+    raise ValueError(
+      f"views_ramp.start is {start}, but views_ramp.epochs is 0: give the epochs over which the "
+      "strength grows to 1, or start = 1 for views of full strength from the first step on"
+    )
 
 
 def _is_range(values: tuple[float, float], maximum: float = np.inf) -> bool:

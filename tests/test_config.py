@@ -134,9 +134,11 @@ def test_harmless_change_is_none(change):
 @pytest.mark.parametrize(
   "change",
   [
-    "seed", "batch_size", "data.canvas", "data.num_train", "data.seed_subset",
+    "seed", "batch_size", "data.canvas", "data.num_train", "data.seed_subset", "data.frames",
+    "data.frame_span", "data.sampling_power",
     "optim.learning_rate", "optim.warmup_epochs", "probe.learning_rate", "method.temperature",
-    "encoder.resnet.width", "global_views.size", "local_views.count",
+    "encoder.resnet.width", "global_views.size", "local_views.count", "views_ramp.start",
+    "views_ramp.epochs",
   ],
 )  # fmt: skip
 def test_change_of_the_computation_is_named_with_both_values(change):

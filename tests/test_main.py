@@ -191,6 +191,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.data.source=tfds:cifar10", "--config.data.data_dir=/nowhere"],
      "prepare_tfds"),
     ([SMOKE, "--config.batch_size=4096"], "lower batch_size"),
+    ([SMOKE, "--config.data.source=clips:/nowhere/at/all"], "give clips:PATH"),
+    ([SMOKE, "--config.data.frames=2"], "give data.source=clips:PATH"),
+    ([SMOKE, "--config.data.frames=0"], "data.frames is 0; expected 1 to 2"),
+    ([SMOKE, "--config.data.sampling=weights"], "name the .npy file"),
+    ([SMOKE, "--config.views_ramp.start=0.5"], "views_ramp.epochs is 0"),
     ([SMOKE, "--config.optim.name=adamww"], "adamw"),
     ([SMOKE, "--config.evaluate.evals=knm"], "did you mean 'knn'"),
     ([SMOKE, "--config.global_views.count=0"], "global views"),
@@ -248,13 +253,16 @@ def test_harmless_change_goes_on(finished, tmp_path):
 
 
 def test_nan_stops_the_run_and_names_step_images_and_tensor(tmp_path):
+  np.save(tmp_path / "weights.npy", [9.0] * 8 + [1.0] * 120)  # some twice in a batch
   line = fails_with_one_line(
     SMOKE, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38",
-    "--config.checkpoint.every_steps=1",
+    "--config.checkpoint.every_steps=1", "--config.data.sampling=weights",
+    f"--config.data.sampling_file={tmp_path / 'weights.npy'}",
   )  # fmt: skip
   assert re.search(r"step \d+: NaN or infinity, first in '[a-z/_0-9A-Z]+'", line)
   record = json.loads((tmp_path / "non_finite.json").read_text())
-  assert len(record["ids"]) == 16
+  assert len(record["ids"]) == 16 > len(set(record["ids"]))
+  assert max(record["ids"]) < 128  # positions, whichever copy it was
   assert str(record["ids"][0]) in line
   saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
   assert max(saved, default=0) < record["step"]
@@ -301,6 +309,29 @@ def test_unlabelled_folder_trains_and_says_that_nothing_is_measured(tmp_path):
   assert "has no labels" in err
   assert "probe" not in out
   assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_clips_train_by_class_on_views_that_grow_harder(tmp_path):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 12), ("test", 4)):
+    for label, name in enumerate(("dark", "light")):
+      for i in range(count if label else count // 2):
+        folder = tmp_path / "set" / split / name / f"clip{i}"
+        folder.mkdir(parents=True)
+        for k in range(3):
+          pixels = rng.integers(0, 128, (20, 24, 3)) + 127 * label
+          Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k}.png")
+  arguments = (
+    SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.data.source=clips:{tmp_path / 'set'}",
+    "--config.data.num_train=0", "--config.data.num_test=0", "--config.data.frames=2",
+    "--config.data.sampling=class", "--config.views_ramp.start=0.2", "--config.views_ramp.epochs=4",
+  )  # fmt: skip
+  code, _, err = run(*arguments)
+  assert code == 0, err
+  strengths = [r["data/views_strength"] for r in records(tmp_path / "run")]
+  np.testing.assert_allclose(strengths, [0.4, 0.8, 1.0, 1.0], rtol=1e-6)  # of updates 2, 4, 6, 8
+  assert results(tmp_path / "run")["results"]["raw_pixels"]["knn/accuracy"] == 100
+  assert "Strength of the views" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow

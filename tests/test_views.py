@@ -13,7 +13,7 @@ import scipy.ndimage
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image, ImageEnhance, ImageOps
 
-from ssrl_jax import views
+from ssrl_jax import pixels, views
 from ssrl_jax.method import ViewSpec
 
 MEAN, STD = ViewSpec("global").mean, ViewSpec("global").std
@@ -63,7 +63,7 @@ def pillow_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [13, 32])
 def test_resized_crop_matches_pillow(size):
   image = picture(40, 48)
-  crop = jax.jit(partial(views.resized_crop, size=size))
+  crop = jax.jit(partial(pixels.resized_crop, size=size))
   boxes = [(0, 0, 40, 48), (3, 7, 9, 30), (31, 2, 9, 5), (10, 20, 28, 28), (39, 47, 1, 1)]
   for (top, left, height, width), flip in itertools.product(boxes, (False, True)):
     expected = pillow_resize(image[top : top + height, left : left + width], size, size)
@@ -74,7 +74,7 @@ def test_resized_crop_matches_pillow(size):
 
 def test_resized_crop_of_everything_at_its_own_size_is_identity():
   image = picture(16, 16) / np.float32(255)
-  got = views.resized_crop(image, jnp.float32([0, 0, 16, 16]), False, size=16)
+  got = pixels.resized_crop(image, jnp.float32([0, 0, 16, 16]), False, size=16)
   np.testing.assert_array_equal(got, image)
 
 
@@ -87,7 +87,7 @@ def test_adjust_hue_matches_colorsys():
     for at in np.ndindex(10, 10):
       hue, saturation, value = colorsys.rgb_to_hsv(*image[at])
       expected[at] = colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
-    got = views.adjust_hue(jnp.float32(image), shift)
+    got = pixels.adjust_hue(jnp.float32(image), shift)
     np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
@@ -98,17 +98,17 @@ def luma(image: np.ndarray) -> np.ndarray:
 # float64 transcriptions of torchvision.transforms.functional, and Pillow's, which rounds.
 ADJUSTMENTS = {
   "brightness": (
-    views.adjust_brightness,
+    pixels.adjust_brightness,
     lambda x, f: np.clip(f * x, 0, 1),
     ImageEnhance.Brightness,
   ),
   "contrast": (
-    views.adjust_contrast,
+    pixels.adjust_contrast,
     lambda x, f: np.clip(f * x + (1 - f) * luma(x).mean(), 0, 1),
     ImageEnhance.Contrast,
   ),
   "saturation": (
-    views.adjust_saturation,
+    pixels.adjust_saturation,
     lambda x, f: np.clip(f * x + (1 - f) * luma(x), 0, 1),
     ImageEnhance.Color,
   ),
@@ -128,7 +128,7 @@ def test_adjustments_match_float64_and_pillow(name, factor):
 
 def test_greyscale_matches_float64_and_pillow():
   image = picture(20, 30)
-  got = views.greyscale(jnp.float32(image / 255))
+  got = pixels.greyscale(jnp.float32(image / 255))
   expected = np.broadcast_to(luma(image / 255), image.shape)
   np.testing.assert_allclose(got, expected, atol=1e-6)
   pillow = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255
@@ -142,18 +142,18 @@ def test_colour_jitter_applies_the_operations_in_order(order):
   expected = image
   for i in order:
     if i == 3:
-      expected = views.adjust_hue(jnp.float32(expected), factors[3])
+      expected = pixels.adjust_hue(jnp.float32(expected), factors[3])
     else:
       reference = list(ADJUSTMENTS.values())[i][1]
       expected = reference(np.asarray(expected, np.float64), factors[i])
-  got = views.colour_jitter(jnp.float32(image), jnp.float32(factors), jnp.array(order))
+  got = pixels.colour_jitter(jnp.float32(image), jnp.float32(factors), jnp.array(order))
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_colour_jitter_leaves_out_what_is_not_asked_for():
   image, factors = jnp.float32(picture(9, 9) / 255), jnp.float32([1.3, 0.6, 1.4, 0.1])
-  got = views.colour_jitter(image, factors, jnp.array([1, 0]), operations=(0, 2))
-  expected = views.adjust_brightness(views.adjust_saturation(image, 1.4), 1.3)
+  got = pixels.colour_jitter(image, factors, jnp.array([1, 0]), operations=(0, 2))
+  expected = pixels.adjust_brightness(pixels.adjust_saturation(image, 1.4), 1.3)
   np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
@@ -166,27 +166,27 @@ def test_gaussian_blur_matches_scipy(size, sigma):
   expected = image
   for axis in (0, 1):
     expected = scipy.ndimage.correlate1d(expected, taps / taps.sum(), axis=axis, mode="nearest")
-  got = views.gaussian_blur(jnp.float32(image), sigma)
+  got = pixels.gaussian_blur(jnp.float32(image), sigma)
   np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_blur_radius_gives_the_kernels_of_simclr():
-  lengths = {size: 2 * views.blur_radius(size) + 1 for size in (8, 32, 96, 224)}
+  lengths = {size: 2 * pixels.blur_radius(size) + 1 for size in (8, 32, 96, 224)}
   assert lengths == {8: 3, 32: 3, 96: 9, 224: 23}
 
 
 def test_solarise_matches_pillow_at_every_level():
   image = np.arange(256 * 3).astype(np.uint8).reshape(16, 16, 3)
   expected = np.asarray(ImageOps.solarize(Image.fromarray(image), 128))
-  got = np.rint(np.asarray(views.solarise(jnp.float32(image / 255))) * 255)
+  got = np.rint(np.asarray(pixels.solarise(jnp.float32(image / 255))) * 255)
   np.testing.assert_array_equal(got, expected)
 
 
 def test_normalise_matches_float64_and_denormalise_undoes_it():
   image = picture(20, 30)
-  got = views.normalise(jnp.float32(image / 255), MEAN, STD)
+  got = pixels.normalise(jnp.float32(image / 255), MEAN, STD)
   np.testing.assert_allclose(got, (image / 255 - np.array(MEAN)) / np.array(STD), atol=2e-6)
-  np.testing.assert_array_equal(views.denormalise(got[None], MEAN, STD)[0], image)
+  np.testing.assert_array_equal(pixels.denormalise(got[None], MEAN, STD)[0], image)
 
 
 def test_render_applies_what_was_drawn():
@@ -202,19 +202,19 @@ def test_render_applies_what_was_drawn():
     solarise=jnp.bool_(True),
   )
   render = jax.jit(partial(views.render, spec=FULL))
-  cropped = views.resized_crop(jnp.float32(image / 255), draws.box, True, size=16)
-  jittered = views.colour_jitter(cropped, draws.factors, jnp.array(order))
-  solarised = views.solarise(views.gaussian_blur(jittered, 1.1))
+  cropped = pixels.resized_crop(jnp.float32(image / 255), draws.box, True, size=16)
+  jittered = pixels.colour_jitter(cropped, draws.factors, jnp.array(order))
+  solarised = pixels.solarise(pixels.gaussian_blur(jittered, 1.1))
   np.testing.assert_allclose(
-    render(image, draws, jnp.array(order)), views.normalise(solarised, MEAN, STD), atol=1e-4
+    render(image, draws, jnp.array(order)), pixels.normalise(solarised, MEAN, STD), atol=1e-4
   )
   grey = render(image, draws._replace(greyscale=jnp.bool_(True)), jnp.array(order))
-  pixels = grey * np.float32(STD).reshape(1, 1, 3) + np.float32(MEAN).reshape(1, 1, 3)
-  np.testing.assert_allclose(np.ptp(pixels, axis=-1), 0, atol=1e-6)
+  levels = grey * np.float32(STD).reshape(1, 1, 3) + np.float32(MEAN).reshape(1, 1, 3)
+  np.testing.assert_allclose(np.ptp(levels, axis=-1), 0, atol=1e-6)
   nothing = {k: jnp.bool_(False) for k in ("jitter", "blur", "solarise")}
   np.testing.assert_allclose(
     render(image, draws._replace(**nothing), jnp.array(order)),
-    views.normalise(cropped, MEAN, STD),
+    pixels.normalise(cropped, MEAN, STD),
     atol=1e-6,
   )
 
@@ -348,12 +348,16 @@ def test_make_views_has_the_contract_s_shapes_and_finite_values():
   shapes = {name: (x.shape, x.dtype) for name, x in got.items()}
   assert shapes == {
     "global": ((8, 2, 16, 16, 3), jnp.float32),
+    "global_box": ((8, 2, 4), jnp.float32),
     "local": ((8, 3, 8, 8, 3), jnp.float32),
+    "local_box": ((8, 3, 4), jnp.float32),
   }
-  for x in got.values():
-    pixels = x * np.float32(STD).reshape(1, 1, 1, 1, 3) + np.float32(MEAN).reshape(1, 1, 1, 1, 3)
-    assert np.isfinite(pixels).all()
-    assert -1e-5 <= pixels.min() <= pixels.max() <= 1 + 1e-5
+  abstract = views.abstract_views((FULL, local), 8)
+  assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == shapes
+  for name in ("global", "local"):
+    levels = pixels.channels(STD, 5) * got[name] + pixels.channels(MEAN, 5)
+    assert np.isfinite(levels).all()
+    assert -1e-5 <= levels.min() <= levels.max() <= 1 + 1e-5
   alone = full_views(jax.random.key(0), make_batch())
   np.testing.assert_allclose(alone["global"], got["global"], atol=1e-5)
 
@@ -428,6 +432,138 @@ def test_jitter_order_is_shared_by_a_batch_and_uniform_over_views(monkeypatch):
   assert chi_square < 49.7  # 23 degrees of freedom: above it once in a thousand
 
 
+def test_box_is_where_the_view_was_cut_also_when_mirrored():
+  """A picture of two slopes tells which part of it is seen: red from left to right, green down."""
+  size, spec = 96, PLAIN._replace(size=24, count=4, mean=(0.0,) * 3, std=(1.0,) * 3)
+  batch = make_batch(8, canvas=size)
+  batch["extent"] = np.stack([np.arange(40, 96, 7), np.arange(95, 39, -7)], axis=1).astype(np.int32)
+  for image, (h, w) in zip(batch["image"], batch["extent"]):
+    image[:h, :w] = 0
+    image[:h, :w, 0] = np.round(255 * (np.arange(w) + 0.5) / w)
+    image[:h, :w, 1] = np.round(255 * (np.arange(h) + 0.5) / h)[:, None]
+  got = jax.jit(partial(views.make_views, specs=(spec,)))(jax.random.key(0), batch)
+  top, left, bottom, right = np.moveaxis(np.asarray(got["plain_box"]), -1, 0)
+  assert (got["plain_box"] >= 0).all()
+  assert (got["plain_box"] <= 1).all()
+  assert (top < bottom).all()
+  assert 0.2 < (left > right).mean() < 0.8  # mirrored
+  at = (np.arange(24) + 0.5) / 24
+  columns = left[..., None] + at * (right - left)[..., None]
+  rows = top[..., None] + at * (bottom - top)[..., None]
+  inner = slice(4, -4)  # beside the edge the kernel sees one side only
+  seen = np.asarray(got["plain"])
+  np.testing.assert_allclose(seen[..., 12, inner, 0], columns[..., inner], atol=0.01)
+  np.testing.assert_allclose(seen[..., inner, 12, 1], rows[..., inner], atol=0.01)
+
+
+# Frames.
+
+
+def test_view_v_shows_frame_v_modulo_their_number():
+  batch, key = make_batch(), jax.random.key(0)
+  spec = FULL._replace(count=5, blur=(0.5,), solarise=(0.0,))
+  make = jax.jit(partial(views.make_views, specs=(spec,)))
+  frames = [batch["image"], 255 - batch["image"], batch["image"] // 2]
+  got = make(key, batch | {"image": np.stack(frames, axis=1)})
+  for view in range(5):
+    expected = make(key, batch | {"image": frames[view % 3]})
+    np.testing.assert_allclose(
+      got["global"][:, view], expected["global"][:, view], atol=1e-5, err_msg=str(view)
+    )
+    np.testing.assert_array_equal(got["global_box"][:, view], expected["global_box"][:, view])
+
+
+def test_views_of_one_frame_are_those_of_the_picture():
+  batch, key = make_batch(), jax.random.key(0)
+  one = full_views(key, batch | {"image": batch["image"][:, None]})
+  np.testing.assert_array_equal(one["global"], full_views(key, batch)["global"])
+
+
+# Strength.
+
+
+def test_draws_at_full_strength_are_those_before_there_was_a_strength():
+  """Printed at commit 068e263: the same key must go on giving the same views."""
+  keys = jax.vmap(jax.random.key)(np.arange(6))
+  got = jax.vmap(lambda key: views.draw(key, jnp.int32([30, 40]), FULL, 1))(keys)
+  boxes = [(0, 1, 29, 39), (2, 1, 26, 22), (2, 3, 25, 32), (12, 4, 12, 14), (9, 24, 18, 14)]
+  np.testing.assert_array_equal(got.box[:5], boxes)
+  assert got.flip.tolist() == [False, True, True, True, False, True]
+  assert got.jitter.tolist() == [True, True, True, False, True, True]
+  assert got.greyscale.tolist() == [False, False, True, False, False, True]
+  assert got.blur.tolist() == [False] * 5 + [True]
+  assert got.solarise.tolist() == [False] * 4 + [True] * 2
+  factors = [1.0417935848236084, 1.0890823602676392, 1.3145403861999512, 0.05099818855524063]
+  np.testing.assert_allclose(got.factors[0], factors, rtol=1e-6)
+
+
+def test_computed_strength_of_1_changes_no_bit():
+  local = PLAIN._replace(name="local", area=(0.07, 0.45), aspect=(0.5, 2.0), greyscale=0.3)
+  key, batch, specs = jax.random.key(3), make_batch(64), (FULL, local)
+  plain = jax.jit(partial(views.make_views, specs=specs))(key, batch)
+  ramped = jax.jit(partial(views.make_views, specs=specs))(key, batch, strength=jnp.float32(1))
+  for name, x in plain.items():
+    np.testing.assert_array_equal(ramped[name], x, err_msg=name)
+
+
+def test_full_strength_is_not_computed():
+  def num_operations(strength):
+    make = partial(views.make_views, specs=(FULL,), strength=strength)
+    return str(jax.make_jaxpr(make)(jax.random.key(0), make_batch())).count(" = ")
+
+  assert num_operations(1.0) < num_operations(np.float32(1))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.7])
+def test_strength_scales_probabilities_jitter_and_the_smallest_crop(strength):
+  spec = FULL._replace(
+    flip=0.5, jitter=0.8, greyscale=0.4, blur=(0.9,), solarise=(0.6,), area=(0.1, 0.8)
+  )
+  keys = jax.random.split(jax.random.key(0), 8000)
+
+  @jax.jit
+  def draw(strength):
+    extent = jnp.int32([1000, 1000])
+    return jax.vmap(lambda key: views.draw(key, extent, spec, 0, strength))(keys)
+
+  got, full = draw(jnp.float32(strength)), draw(jnp.float32(1))
+  np.testing.assert_array_equal(got.flip, full.flip)
+  rates = {"jitter": 0.8, "greyscale": 0.4, "blur": 0.9, "solarise": 0.6}
+  for name, p in rates.items():
+    p *= strength
+    assert abs(getattr(got, name).mean() - p) <= 4 * np.sqrt(p * (1 - p) / 8000), name
+    assert not np.any(getattr(got, name) & ~getattr(full, name)), name  # harder, never other
+  low, high = 1 - 0.4 * strength, 1 + 0.4 * strength
+  for column in got.factors[:, :3].T:
+    assert low - 1e-6 <= column.min() < low + 0.01
+    assert high - 0.01 < column.max() <= high + 1e-6
+  assert abs(np.abs(got.factors[:, 3]).max() - 0.1 * strength) < 1e-3
+  area = np.asarray(got.box[:, 2] * got.box[:, 3]) / 1e6
+  lowest = 0.8 - strength * 0.7
+  assert lowest - 0.002 < area.min() < lowest + 0.01
+  assert 0.79 < area.max() < 0.802
+
+
+def test_strength_grows_linearly_to_exactly_1():
+  at = partial(views.strength_at, start=0.2, epochs=2.0, steps_per_epoch=50)
+  np.testing.assert_allclose([at(jnp.int32(s)) for s in (0, 25, 50)], [0.2, 0.4, 0.6], rtol=1e-6)
+  assert [float(at(jnp.int32(s))) for s in (100, 101, 10**6)] == [1.0] * 3
+  assert views.strength_at(jnp.int32(0), start=1.0, epochs=2.0, steps_per_epoch=50) == 1.0
+
+
+@pytest.mark.parametrize(
+  ("ramp", "message"),
+  [
+    ({"start": 1.5, "epochs": 1.0}, r"start is 1\.5; expected a strength from 0 to 1"),
+    ({"start": 0.5, "epochs": -1.0}, r"epochs is -1\.0; expected 0 or more"),
+    ({"start": 0.5, "epochs": 0.0}, r"start is 0\.5, but views_ramp\.epochs is 0"),
+  ],
+)
+def test_check_ramp_names_the_value_and_the_fix(ramp, message):
+  with pytest.raises(ValueError, match=message):
+    views.check_ramp(**ramp)
+
+
 # Evaluation.
 
 
@@ -456,7 +592,7 @@ def test_eval_view_of_a_square_picture_of_its_size_is_the_picture():
   image[0, :16, :16] = picture(16, 16)
   batch = {"image": image, "extent": np.array([[16, 16]], np.int32)}
   got = views.eval_view(batch, size=16, crop=1.0, mean=MEAN, std=STD)
-  expected = views.normalise(jnp.float32(image[0, :16, :16]) / 255, MEAN, STD)
+  expected = pixels.normalise(jnp.float32(image[0, :16, :16]) / 255, MEAN, STD)
   np.testing.assert_array_equal(got[0], expected)
 
 
@@ -501,5 +637,6 @@ def test_check_specs_names_the_view_the_field_and_the_value(wrong):
 
 def test_check_specs_refuses_two_of_one_name_and_accepts_the_usual():
   views.check_specs((FULL, PLAIN, ViewSpec("local", count=6, blur=(0.5,))))
-  with pytest.raises(ValueError, match="same name"):
-    views.check_specs((FULL, FULL))
+  for other in (FULL, PLAIN._replace(name="global_box")):
+    with pytest.raises(ValueError, match="same name"):
+      views.check_specs((FULL, other))

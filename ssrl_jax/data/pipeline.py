@@ -1,24 +1,32 @@
 """Order, batches, and this process's share of them.
 
-The order of training is a pure function of (seed, step). Grain decides it, on positions only:
-shuffled anew each epoch, cut to whole global batches, repeated, and sliced by process last. So the
-step is the whole data state, and neither the number of processes nor of workers changes which
-examples a step sees. What is read and decoded for a position happens after all that.
+The order of training is a pure function of (seed, step), made on ids only: shuffled anew each
+epoch, cut to whole global batches, repeated, and sliced by process last. So the step is the whole
+data state, and neither the number of processes nor of workers changes which examples a step sees.
+What is read and decoded for an id happens after all that. Grain shuffles where each example comes
+once an epoch, `sampling.EpochOrder` draws where some come more often.
+
+An id is an example's position in the source. The second and further copies that an epoch has of an
+example count in the bits from `sampling.COPY_BIT` on, so that copies get views of their own;
+`sampling.position` undoes that wherever an example is named.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 from absl import flags, logging
 
-from ssrl_jax.data.decode import DamagedImage, decode
-from ssrl_jax.data.sources import Source
+from ssrl_jax.data.decode import DamagedImage, Picture, decode
+from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
+from ssrl_jax.data.sources import Source, check_frames
 
 Batch = dict[str, np.ndarray]
+ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
 
 MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
 PADDING = -1  # the id of what fills the last batch of an evaluation
@@ -35,7 +43,7 @@ class Batches(Iterator[Batch]):
     batch = next(self._batches)
     # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
     batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
-    for i in batch["id"][batch["substituted"]].tolist():
+    for i in position(batch["id"][batch["substituted"]]).tolist():
       if i not in self._named:
         self._named.add(i)
         logging.warning("%s", self._reader.damage(i))
@@ -60,6 +68,9 @@ def train_batches(
   threads: int = 1,
   process_index: int = 0,
   process_count: int = 1,
+  sampling: Sampling | None = None,
+  frames: int = 1,
+  frame_span: int = 0,
 ) -> Batches:
   """Endless batches of this process, the first being that of the update after `start_step`.
 
@@ -77,12 +88,15 @@ def train_batches(
     threads: that decode a batch, in each reader process.
     process_index: which of `process_count` this is.
     process_count: processes that share the global batch.
+    sampling: how often each example is drawn in an epoch of len(source) draws; None: once.
+    frames: F, drawn anew in each epoch of each clip; for still pictures 1.
+    frame_span: from a random window of so many of the clip's frames; 0: from all.
 
   Returns:
-    An iterator of {"image": uint8 [b, S, S, 3], "extent": int32 [b, 2], "label": int32 [b],
-    "id": int64 [b], "substituted": bool [b]}; id is the drawn position in the source, also where
-    another picture had to stand in. Its next() raises ValueError for a label that the source
-    cannot have, and when MAX_DAMAGED pictures in a row cannot be read.
+    An iterator of {"image": uint8 [b, S, S, 3], or [b, F, S, S, 3] with more than one frame,
+    "extent": int32 [b, 2], "label": int32 [b], "id": int64 [b], "substituted": bool [b]}; id is
+    that of the drawn example, also where another had to stand in. Its next() raises ValueError for
+    a label that the source cannot have, and when MAX_DAMAGED pictures in a row cannot be read.
   """
   local_size = _local_size(batch_size, process_index, process_count)
   _check_at_least(0, seed=seed, start_step=start_step, workers=workers)
@@ -91,11 +105,22 @@ def train_batches(
       f"{source!r} has {len(source)} examples, fewer than one batch of {batch_size}; lower "
       f"batch_size to at most {len(source)}"
     )
+  check_frames(source, frames, frame_span)
   whole = len(source) // batch_size * batch_size
-  positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()[:whole].repeat(None)
-  positions = positions[process_index::process_count].batch(local_size, drop_remainder=True)
-  reader = _Reader(source, canvas, threads)
-  return Batches(_prefetched(positions.map(reader.train)[start_step:], workers), reader)
+  drawn = _epochs_and_ids(len(source), seed, whole, sampling)
+  drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
+  reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
+  return Batches(_prefetched(drawn.map(reader.train)[start_step:], workers), reader)
+
+
+def _epochs_and_ids(n: int, seed: int, whole: int, sampling: Sampling | None) -> grain.MapDataset:
+  """The endless global stream of (epoch, id), `whole` of them an epoch."""
+  if sampling is None:
+    ids = grain.MapDataset.range(n).seed(seed).shuffle()[:whole].repeat(None)
+    return ids.map_with_index(lambda at, i: (at // whole, i))
+  order = EpochOrder(sampling, seed)
+  places = grain.MapDataset.range(whole).repeat(None)
+  return places.map_with_index(lambda at, k: (at // whole, order(at // whole, k)))
 
 
 def eval_batches(
@@ -165,11 +190,22 @@ def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
 
 
 class _Reader:
-  """Positions -> a batch. Goes to worker processes, where it starts threads of its own."""
+  """Ids -> a batch. Goes to worker processes, where it starts threads of its own."""
 
-  def __init__(self, source: Source, canvas: int, threads: int):
+  def __init__(
+    self,
+    source: Source,
+    canvas: int,
+    threads: int,
+    *,
+    seed: int = 0,
+    frames: int = 1,
+    frame_span: int = 0,
+  ):
     _check_at_least(1, canvas=canvas, threads=threads)
     self._source, self._canvas, self._threads = source, canvas, threads
+    self._frames = frames
+    self._draw_frames = functools.partial(draw_frames, count=frames, span=frame_span, seed=seed)
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
   def __getstate__(self):
@@ -179,8 +215,10 @@ class _Reader:
     if self._pool:
       self._pool.shutdown(cancel_futures=True)
 
-  def train(self, ids: np.ndarray) -> Batch:
-    return self._batch(ids, self._put_substitute)
+  def train(self, epochs_and_ids: tuple[np.ndarray, np.ndarray]) -> Batch:
+    epochs, ids = epochs_and_ids
+    shape = (self._frames,) if self._frames > 1 else ()
+    return self._batch(ids, functools.partial(self._put_substitute, epochs), shape)
 
   def evaluate(self, ids: np.ndarray) -> Batch:
     batch = self._batch(ids, self._put_or_mark)
@@ -188,17 +226,20 @@ class _Reader:
     return batch
 
   def damage(self, i: int) -> str:
-    """Why example `i` is damaged: reads it again, for workers can only send arrays."""
+    """Why example `i` is damaged: reads all of it again, for workers can only send arrays."""
     try:
-      self._read(i)
+      example = self._source[i]
+      frames = example["frames"] if "frames" in example else (example["image"],)
+      for frame in frames:
+        self._decode((frames[0], frame))
     except DamagedImage as e:
       return f"example {i} of {self._source!r} is damaged: {e}"
     return f"example {i} of {self._source!r} could not be read at first, and now can"
 
-  def _batch(self, ids, put) -> Batch:
+  def _batch(self, ids, put, frames: tuple[int, ...] = ()) -> Batch:
     n, side = len(ids), self._canvas
     batch = {
-      "image": np.zeros((n, side, side, 3), np.uint8),
+      "image": np.zeros((n, *frames, side, side, 3), np.uint8),
       "extent": np.full((n, 2), side, np.int32),
       "label": np.full(n, -1, np.int32),
       "id": np.asarray(ids, np.int64),
@@ -215,12 +256,14 @@ class _Reader:
       done.result()
     return batch
 
-  def _put_substitute(self, batch: Batch, places) -> None:
+  def _put_substitute(self, epochs: np.ndarray, batch: Batch, places) -> None:
     for j in places:
-      first = int(batch["id"][j])
+      example_id = int(batch["id"][j])
+      chosen = functools.partial(self._draw_frames, epoch=int(epochs[j]), example_id=example_id)
+      first = int(position(example_id))
       for i in range(first, first + MAX_DAMAGED):
         try:
-          self._put(batch, j, i % len(self._source))
+          self._put(batch, j, i % len(self._source), chosen)
           break
         except DamagedImage as e:
           batch["substituted"][j], error = True, e
@@ -240,10 +283,8 @@ class _Reader:
       except DamagedImage:
         batch["substituted"][j] = True
 
-  def _put(self, batch: Batch, j: int, i: int) -> None:
-    batch["image"][j], batch["extent"][j], batch["label"][j] = self._read(i)
-
-  def _read(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
+  def _put(self, batch: Batch, j: int, i: int, chosen: ChooseFrames | None = None) -> None:
+    """Example `i` to place `j`; of a clip the `chosen` frames, or the middle one."""
     example = self._source[i]
     label, classes = example["label"], self._source.num_classes
     if label < -1 or (classes is not None and label >= classes):
@@ -251,5 +292,20 @@ class _Reader:
         f"example {i} of {self._source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
         "for unknown; correct the source's labels or its num_classes"
       )
-    image, extent = decode(example["image"], canvas=self._canvas)
-    return image, extent, label
+    pictures = [example["image"]]
+    if chosen and "frames" in example:
+      pictures = [example["frames"][k] for k in chosen(len(example["frames"]))]
+    images, extent = self._decode(pictures)
+    batch["image"][j] = images[0] if batch["image"].ndim == 4 else images
+    batch["extent"][j], batch["label"][j] = extent, label
+
+  def _decode(self, pictures: Sequence[Picture]) -> tuple[Sequence[np.ndarray], np.ndarray]:
+    """Pictures on canvases, and the extent that they share."""
+    images, extents = zip(*[decode(picture, canvas=self._canvas) for picture in pictures])
+    for picture, extent in zip(pictures, extents):
+      if (extent != extents[0]).any():
+        raise DamagedImage(
+          f"{picture} is {extent[0]}x{extent[1]} pixels on the canvas, and another frame of its "
+          f"clip, {pictures[0]}, {extents[0][0]}x{extents[0][1]}"
+        )
+    return images, extents[0]

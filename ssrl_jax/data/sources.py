@@ -1,7 +1,7 @@
 """Where pictures come from: random-access sources of `{"image", "label"}`, opened by name.
 
 `tfds:NAME` reads a prepared TensorFlow Datasets set without TensorFlow, `folder:PATH` a folder of
-pictures, `digit_scenes` the embedded set that needs no download.
+pictures, `clips:PATH` a folder of clips, `digit_scenes` the embedded set that needs no download.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,14 +34,17 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    """{"image": whatever `decode` takes, "label": int in [0, num_classes) or -1 when unknown}."""
+    """{"image": whatever `decode` takes, "label": int in [0, num_classes) or -1 when unknown}.
+
+    A clip has beside them "frames", a tuple of what `decode` takes; its "image" is the middle one.
+    """
     ...
 
 
 def open_source(
   name: str, *, split: str, size: int = 32, data_dir: str = "", limit: int = 0, seed: int = 0
 ) -> Source:
-  """Opens `tfds:NAME`, `folder:PATH` or `digit_scenes`.
+  """Opens `tfds:NAME`, `folder:PATH`, `clips:PATH` or `digit_scenes`.
 
   Args:
     name: which; `tfds:` takes what TFDS takes, e.g. `tfds:cifar10` or `tfds:NAME/CONFIG:VERSION`.
@@ -64,9 +68,12 @@ def open_source(
     source = TfdsSource(rest, split=split, data_dir=data_dir)
   elif kind == "folder" and rest:
     source = FolderSource(rest, split=split)
+  elif kind == "clips" and rest:
+    source = ClipSource(rest, split=split)
   else:
     raise ValueError(
-      f"unknown data source {name!r}; expected 'tfds:NAME', 'folder:PATH' or 'digit_scenes'"
+      f"unknown data source {name!r}; expected 'tfds:NAME', 'folder:PATH', 'clips:PATH' or "
+      "'digit_scenes'"
     )
   return Subset(source, limit, seed=seed) if limit else source
 
@@ -83,6 +90,32 @@ def check_same_classes(train: Source, test: Source) -> None:
   )
 
 
+@functools.lru_cache(maxsize=1)
+def labels_of(source: Source) -> np.ndarray:
+  """The label of every example, int32 [N]; a TFDS set is read through for them, once."""
+  if isinstance(source, FolderSource | ClipSource):
+    return source.labels
+  if isinstance(source, Subset) and isinstance(source.whole, FolderSource | ClipSource):
+    return source.whole.labels[source.positions]
+  return np.array([source[i]["label"] for i in range(len(source))], np.int32)
+
+
+def check_frames(source: Source, frames: int, span: int) -> None:
+  """Raises ValueError unless `frames` frames can be drawn from windows of `span` of its clips."""
+  if frames < 1:
+    raise ValueError(f"data.frames is {frames}; expected at least 1, a frame for each view")
+  if span and span < frames:
+    raise ValueError(
+      f"data.frame_span is {span}, a window of fewer than data.frames = {frames}; raise it to at "
+      f"least {frames}, or 0 = the whole clip"
+    )
+  if (frames > 1 or span) and "frames" not in source[0]:
+    raise ValueError(
+      f"data.frames is {frames} and data.frame_span {span}, but {source!r} has still pictures; set "
+      "them to 1 and 0, or give data.source=clips:PATH"
+    )
+
+
 class Subset:
   """`num_examples` of a source's examples, drawn with `seed`, in the source's order."""
 
@@ -90,17 +123,17 @@ class Subset:
     if num_examples > len(source):
       raise ValueError(f"{num_examples} examples are asked of {source!r}; lower it, or 0 = all")
     drawn = np.random.default_rng(seed).permutation(len(source))[:num_examples]
-    self._source, self._seed, self._positions = source, seed, np.sort(drawn)
+    self.whole, self.positions, self._seed = source, np.sort(drawn), seed
     self.num_classes, self.class_names = source.num_classes, source.class_names
 
   def __len__(self) -> int:
-    return len(self._positions)
+    return len(self.positions)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    return self._source[int(self._positions[i])]
+    return self.whole[int(self.positions[i])]
 
   def __repr__(self) -> str:
-    return f"Subset({self._source!r}, {len(self)}, seed={self._seed})"
+    return f"Subset({self.whole!r}, {len(self)}, seed={self._seed})"
 
 
 class FolderSource:
@@ -113,20 +146,13 @@ class FolderSource:
   """
 
   def __init__(self, path: str, *, split: str):
-    path = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(path):
-      raise FileNotFoundError(f"no folder {path}; give folder:PATH with an existing PATH")
     self._split = split
-    self._root = _split_folder(path, split)
+    self._root = _split_folder(_existing(path, "folder"), split)
     paths = sorted(_pictures(self._root))
     if not paths:
       raise ValueError(_nothing_found(self._root))
     tops = [p.split(os.sep, 1)[0] if os.sep in p else "" for p in paths]
-    labelled = "" not in tops
-    self.class_names = tuple(sorted(set(tops))) if labelled else ()
-    self.num_classes = len(self.class_names) if labelled else None
-    label_of = {name: i for i, name in enumerate(self.class_names)}
-    self._labels = np.array([label_of.get(top, -1) for top in tops], np.int32)
+    self.class_names, self.num_classes, self.labels = _classes(tops)
     # One array of bytes: a million strings would take longer to send to every worker.
     self._paths = np.array([os.fsencode(p) for p in paths])
 
@@ -135,10 +161,51 @@ class FolderSource:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     path = os.path.join(self._root, os.fsdecode(self._paths[i]))
-    return {"image": path, "label": int(self._labels[i])}
+    return {"image": path, "label": int(self.labels[i])}
 
   def __repr__(self) -> str:
     return f"FolderSource({self._root!r}, split={self._split!r}, {_size(self)})"
+
+
+class ClipSource:
+  """Clips, each a folder of frames: PATH[/split]/[CLASS/]CLIP/frame0001.jpg.
+
+  A folder that holds pictures is a clip, at any depth; its frames are in the order of their names,
+  numbers as numbers (frame2 before frame10). Labels as in `FolderSource`, if every clip lies in a
+  class folder. Hidden files and folders are left out.
+  """
+
+  def __init__(self, path: str, *, split: str):
+    self._split = split
+    self._root = _split_folder(_existing(path, "clips"), split)
+    clips: dict[str, list[str]] = {}
+    for frame in _pictures(self._root, folders_need_some=True):
+      clips.setdefault(os.path.dirname(frame), []).append(frame)
+    if not clips:
+      raise ValueError(_nothing_found(self._root))
+    if "" in clips:
+      raise ValueError(
+        f"{len(clips[''])} pictures lie in {self._root} itself, e.g. {clips[''][0]}; put the "
+        "frames of each clip into a folder of its own, or use folder:PATH for still pictures"
+      )
+    names = sorted(clips)
+    tops = [n.split(os.sep, 1)[0] if os.sep in n else "" for n in names]
+    self.class_names, self.num_classes, self.labels = _classes(tops)
+    frames = [frame for n in names for frame in sorted(clips[n], key=_natural)]
+    self._paths = np.array([os.fsencode(p) for p in frames])
+    self._ends = np.cumsum([len(clips[n]) for n in names])
+
+  def __len__(self) -> int:
+    return len(self._ends)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    end = self._ends[i]
+    paths = self._paths[self._ends[i - 1] if i else 0 : end]
+    frames = tuple(os.path.join(self._root, os.fsdecode(p)) for p in paths)
+    return {"image": frames[len(frames) // 2], "frames": frames, "label": int(self.labels[i])}
+
+  def __repr__(self) -> str:
+    return f"ClipSource({self._root!r}, split={self._split!r}, {_size(self)})"
 
 
 class TfdsSource:
@@ -196,7 +263,28 @@ def _split_folder(path: str, split: str) -> str:
   return path
 
 
-def _pictures(root: str, below: str = "") -> list[str]:
+def _existing(path: str, kind: str) -> str:
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.isdir(path):
+    raise FileNotFoundError(f"no folder {path}; give {kind}:PATH with an existing PATH")
+  return path
+
+
+def _classes(tops: list[str]) -> tuple[tuple[str, ...], int | None, np.ndarray]:
+  """Names, number and labels [N] of examples in the folders `tops`; no labels if one is in none."""
+  if "" in tops:
+    return (), None, np.full(len(tops), -1, np.int32)
+  names, labels = np.unique(tops, return_inverse=True)
+  return tuple(names.tolist()), len(names), labels.astype(np.int32)
+
+
+def _natural(name: str) -> tuple[list[Any], str]:
+  """Sorts numbers in a name as numbers; the name itself parts frame1 from frame01."""
+  parts = re.split("([0-9]+)", name)
+  return [int(p) if i % 2 else p for i, p in enumerate(parts)], name
+
+
+def _pictures(root: str, below: str = "", *, folders_need_some: bool = False) -> list[str]:
   """Paths of all pictures, relative to root."""
   found = []
   with os.scandir(os.path.join(root, below)) as entries:
@@ -207,7 +295,12 @@ def _pictures(root: str, below: str = "") -> list[str]:
       if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
         found.append(path)
       elif entry.is_dir():
-        found.extend(_pictures(root, path))
+        found.extend(_pictures(root, path, folders_need_some=folders_need_some))
+  if folders_need_some and below and not found:
+    raise ValueError(
+      f"the clip {os.path.join(root, below)} has no frames; remove the folder, or put pictures "
+      f"into it, ending in {' '.join(EXTENSIONS)}"
+    )
   return found
 
 

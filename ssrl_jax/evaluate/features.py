@@ -19,7 +19,8 @@ from ssrl_jax.data.decode import decode
 from ssrl_jax.data.pipeline import eval_batches
 from ssrl_jax.data.sources import Source
 from ssrl_jax.method import Array, Features
-from ssrl_jax.views import denormalise, eval_view
+from ssrl_jax.pixels import denormalise
+from ssrl_jax.views import eval_view
 
 Encode = Callable[[Any, Array], Features]  # (state, normalised float32 [B, h, w, 3])
 

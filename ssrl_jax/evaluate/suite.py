@@ -50,25 +50,16 @@ def open_test(experiment: Experiment, train: Source) -> Source | None:
   return test
 
 
-def evaluate_run(
-  experiment: Experiment,
-  state: TrainState,
-  train: Source,
-  test: Source | None,
-  *,
-  evals: str,
-  say: Callable[[str], None],
-) -> Evaluated:
-  """Runs `evals` ("knn,linear") on the trained encoder and, by config, on both controls."""
-  chosen = select(evals)
-  if test is None or not chosen:
-    return Evaluated({}, None)
+def trained_evaluation(
+  experiment: Experiment, state: TrainState, train: Source, test: Source
+) -> Evaluation:
+  """How the run's encoder is judged: on these pictures, as the config says."""
   config, method = experiment.config, experiment.method
 
   def encode(weights, images):
     return method.encode(*weights, images)
 
-  trained = Evaluation(
+  return Evaluation(
     encode=encode,
     state=(state.params, state.method_state),
     train=train,
@@ -84,18 +75,34 @@ def evaluate_run(
     workers=config.data.workers,
     threads=config.data.threads,
   )
+
+
+def evaluate_run(
+  experiment: Experiment,
+  state: TrainState,
+  train: Source,
+  test: Source | None,
+  *,
+  evals: str,
+  say: Callable[[str], None],
+) -> Evaluated:
+  """Runs `evals` ("knn,linear") on the trained encoder and, by config, on both controls."""
+  chosen = select(evals)
+  if test is None or not chosen:
+    return Evaluated({}, None)
+  trained = trained_evaluation(experiment, state, train, test)
   encoders = {"trained": trained}
-  if config.evaluate.controls:
+  if experiment.config.evaluate.controls:
     untrained = create_state(experiment)
     encoders["random_init"] = trained.with_encoder(
-      encode, (untrained.params, untrained.method_state)
+      trained.encode, (untrained.params, untrained.method_state)
     )
     encoders["raw_pixels"] = trained.with_encoder(raw_pixels, ())
   results: Results = {}
   for name, evaluation in encoders.items():
     start, figures = time.perf_counter(), {}
     for key, run in chosen.items():
-      figures |= run(evaluation, **config.evaluate[key])
+      figures |= run(evaluation, **experiment.config.evaluate[key])
     results[name] = figures
     say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
   return Evaluated(results, trained)

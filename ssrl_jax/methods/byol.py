@@ -78,7 +78,7 @@ def make(
       (_, _, q), stats = forward(network, params, stats, views["local"], keys[1])
       q_BVP = jnp.concatenate([q_BVP, q], axis=1)
     (_, t_BTP), target_stats = forward(
-      network, *target.values(), views["global"], keys[2], method="project"
+      network, target["params"], target["batch_stats"], views["global"], keys[2], method="project"
     )
     t_BTP = jax.lax.stop_gradient(t_BTP)
     value = objective(q_BVP, t_BTP)

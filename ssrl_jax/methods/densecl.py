@@ -101,7 +101,7 @@ def make(
       network, params, method_state["batch_stats"], views["global"][:, :1], keys[0]
     )
     target_outputs, target_stats = forward(
-      network, *target.values(), views["global"][:, 1:], keys[1]
+      network, target["params"], target["batch_stats"], views["global"][:, 1:], keys[1]
     )
     h_BD, q_BP, q_BnP, map_BnC = (x[:, 0] for x in outputs)
     _, k_BP, k_BnP, k_map_BnC = (jax.lax.stop_gradient(x[:, 0]) for x in target_outputs)

@@ -117,7 +117,9 @@ def make(
     if "local" in views:
       (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
-    (_, t_BTP, t_BTK), target_stats = forward(network, *target.values(), views["global"], keys[2])
+    (_, t_BTP, t_BTK), target_stats = forward(
+      network, target["params"], target["batch_stats"], views["global"], keys[2]
+    )
     t_BTP, t_BTK = jax.lax.stop_gradient((t_BTP, t_BTK))
     p_BTK = teach(t_BTK, centre_K, step)
     value = cross_view_entropy(p_BTK, s_BVK, temperature=temperature)

@@ -122,7 +122,7 @@ def make(
     )
     h_BD, q_BP, attention_BHW = (x[:, 0] for x in outputs)
     (_, k_BVP, _), target_stats = forward(
-      network, *target.values(), views["global"][:, 1:], keys[1]
+      network, target["params"], target["batch_stats"], views["global"][:, 1:], keys[1]
     )
     k_BP = jax.lax.stop_gradient(normalise(k_BVP[:, 0]))
     whole = jnp.mean(info_nce_queue(q_BP, k_BP, queue_QP, temperature=temperature))

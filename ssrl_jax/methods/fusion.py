@@ -134,7 +134,9 @@ def make(
     target_state = {}
     if momentum:
       old = method_state["target"]
-      (_, t_BVEP, _), target_stats = forward(network, *old.values(), views["global"], keys[1])
+      (_, t_BVEP, _), target_stats = forward(
+        network, old["params"], old["batch_stats"], views["global"], keys[1]
+      )
       t_BVEP = jax.lax.stop_gradient(normalise(t_BVEP))
       centre_BVEP = mean_of_others(t_BVEP)
       target_state = {"target": old | {"batch_stats": target_stats}}

@@ -123,7 +123,7 @@ def make(
       network, params, method_state["batch_stats"], views["global"], keys[0], mask_BN
     )
     (_, t_BTP, t_BTK, t_BTNK), target_stats = forward(
-      network, *target.values(), views["global"], keys[2]
+      network, target["params"], target["batch_stats"], views["global"], keys[2]
     )
     if "local" in views:
       (_, _, s, _), stats = forward(network, params, stats, views["local"], keys[1])

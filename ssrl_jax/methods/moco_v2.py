@@ -78,7 +78,12 @@ def make(
       network, params, method_state["batch_stats"], views["global"][:, :1], keys[0]
     )
     (_, k_BVP), target_stats = forward(
-      network, *target.values(), views["global"][:, 1:], keys[1], method="project"
+      network,
+      target["params"],
+      target["batch_stats"],
+      views["global"][:, 1:],
+      keys[1],
+      method="project",
     )
     q_BP, k_BP = q_BVP[:, 0], jax.lax.stop_gradient(normalise(k_BVP[:, 0]))
     loss_B = info_nce_queue(q_BP, k_BP, queue_QP, temperature=temperature, block=block)

@@ -77,7 +77,7 @@ def make(
       network, freeze_patches(params), method_state["batch_stats"], views["global"], keys[0]
     )
     (_, k_BVP), target_stats = forward(
-      network, *target.values(), views["global"], keys[1], method="project"
+      network, target["params"], target["batch_stats"], views["global"], keys[1], method="project"
     )
     k_BVP = jax.lax.stop_gradient(k_BVP)
     options = {"temperature": temperature, "block": block}

@@ -7,6 +7,7 @@ from PIL import Image
 
 from ssrl_jax.data import pipeline
 from ssrl_jax.data.pipeline import MAX_DAMAGED, PADDING, eval_batches, train_batches
+from ssrl_jax.data.sampling import Sampling, position
 from ssrl_jax.data.sources import open_source
 
 SIDE = 8
@@ -71,6 +72,33 @@ def assert_same(got, want):
     for key in a:
       np.testing.assert_array_equal(a[key], b[key])
       assert a[key].dtype == b[key].dtype
+
+
+class Clips(Greys):
+  """Clip i has i % 9 + 1 frames; frame k has grey level 10 * i + k. (clip, frame) may be damaged,
+  or of another size."""
+
+  def __init__(self, n, damaged=(), odd=()):
+    super().__init__(n)
+    self._broken, self._odd = frozenset(damaged), frozenset(odd)
+
+  def __getitem__(self, i):
+    frames = tuple(self._frame(i, k) for k in range(i % 9 + 1))
+    return {"image": frames[len(frames) // 2], "frames": frames, "label": i % 5}
+
+  def _frame(self, i, k):
+    if (i, k) in self._broken:
+      return b"<html>"
+    return np.full((6, 5 if (i, k) in self._odd else 4, 3), 10 * i + k, np.uint8)
+
+
+def frames_shown(batches):
+  """{(epoch of 3 batches, clip): frames}"""
+  return {
+    (step // 3, int(i)): (image[:, 0, 0, 0].astype(int) - 10 * i).tolist()
+    for step, batch in enumerate(batches)
+    for i, image in zip(batch["id"], batch["image"])
+  }
 
 
 def test_batch_has_the_shapes_and_types_of_the_contract():
@@ -261,9 +289,133 @@ def test_evaluation_of_a_part_spreads_over_the_source():
   assert sum(b["weight"].sum() for b in everything) == 10
 
 
+# Clips: 25 of them make three batches of 8 an epoch.
+
+
+def test_clips_add_a_frames_axis_only_where_there_is_more_than_one():
+  (batch,) = take(Clips(25), 1, frames=3)
+  assert batch["image"].shape == (8, 3, SIDE, SIDE, 3)
+  np.testing.assert_array_equal(batch["extent"], [[6, 4]] * 8)
+  np.testing.assert_array_equal(batch["label"], batch["id"] % 5)
+  (batch,) = take(Clips(25), 1)
+  assert batch["image"].shape == (8, SIDE, SIDE, 3)
+
+
+def test_frames_are_of_the_clip_without_repetition_while_there_are_any():
+  shown = frames_shown(take(Clips(25), 30, frames=4))
+  for (_, i), frames in shown.items():
+    there = i % 9 + 1
+    assert set(frames) <= set(range(there))
+    assert len(set(frames)) == min(4, there)
+  assert {f for (_, i), frames in shown.items() if i == 8 for f in frames} == set(range(9))
+  assert any(frames != sorted(frames) for frames in shown.values())
+  assert len({tuple(frames) for (_, i), frames in shown.items() if i == 17}) > 5  # new each epoch
+
+
+def test_frames_come_from_one_window_of_the_span():
+  spans = {
+    max(f) - min(f)
+    for (_, i), f in frames_shown(take(Clips(25), 60, frames=2, frame_span=3)).items()
+    if i % 9 >= 4
+  }
+  assert spans == {1, 2}
+
+
+def test_frames_do_not_depend_on_start_processes_or_threads():
+  options = {"frames": 3, "frame_span": 4, "seed": 5}
+  source = Clips(25, damaged={(8, 2), (12, 0)})
+  whole = take(source, 9, **options)
+  assert_same(take(source, 4, start_step=5, **options), whole[5:])
+  assert_same(take(source, 9, threads=3, **options), whole)
+  parts = [take(source, 9, process_index=p, process_count=2, **options) for p in range(2)]
+  for part in zip(*parts, whole):
+    images = np.stack([b["image"] for b in part[:2]], axis=1).reshape(part[2]["image"].shape)
+    np.testing.assert_array_equal(images, part[2]["image"])
+  assert frames_shown(take(source, 3, **options)) != frames_shown(
+    take(source, 3, **(options | {"seed": 6}))
+  )
+
+
+@pytest.mark.slow
+def test_frames_and_sampling_do_not_depend_on_workers():
+  options = {"frames": 3, "sampling": Sampling(np.arange(25) / 300, np.arange(25) % 2)}
+  want = take(Clips(25), 7, start_step=4, **options)
+  assert_same(take(Clips(25), 7, start_step=4, workers=2, **options), want)
+
+
+def test_clip_with_a_damaged_or_odd_frame_is_replaced_where_it_is_drawn(caplog):
+  source = Clips(25, damaged={(8, 2)}, odd={(17, 4)})
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    got = take(source, 60, frames=3)
+  replaced = {8: 0, 17: 0}
+  for batch in got:
+    for image, i, substituted in zip(batch["image"], batch["id"].tolist(), batch["substituted"]):
+      level = image[:, 0, 0, 0].astype(int)
+      assert (level // 10 == i + substituted).all()
+      if substituted:
+        replaced[i] += 1
+      else:
+        assert 10 * 8 + 2 not in level
+        assert 10 * 17 + 4 not in level
+  assert 0 < replaced[8] < 20
+  assert 0 < replaced[17] < 20
+  messages = [r.getMessage() for r in caplog.records]
+  assert len(messages) == 2
+  assert sum("is 6x5 pixels on the canvas, and another frame" in m for m in messages) == 1
+
+
+def test_evaluation_sees_the_middle_frame():
+  batches = evaluate(Clips(25), batch_size=8)
+  for batch in batches:
+    assert batch["image"].ndim == 4
+    for image, i, weight in zip(batch["image"], batch["id"], batch["weight"]):
+      if weight:
+        assert image[0, 0, 0] == 10 * i + (i % 9 + 1) // 2
+
+
+def test_frames_of_still_pictures_are_refused():
+  with pytest.raises(ValueError, match=r"frames is 2 .*Greys\(100\) has still pictures"):
+    take(Greys(100), 1, frames=2)
+
+
+# Uneven sampling.
+
+UNEVEN = Sampling(np.array([30, 5, 1, 0, *[4] * 16]) / 100, np.zeros(20, np.int8))
+
+
+def test_sampled_stream_enters_anywhere_and_is_shared_by_processes():
+  whole = take(Greys(20), 12, sampling=UNEVEN)  # 16 of 20 draws an epoch are whole batches
+  assert_same(take(Greys(20), 5, start_step=7, sampling=UNEVEN), whole[7:])
+  parts = [
+    ids(take(Greys(20), 12, sampling=UNEVEN, process_index=p, process_count=4)) for p in range(4)
+  ]
+  np.testing.assert_array_equal(np.stack(parts, axis=-1).reshape(12, 8), ids(whole))
+  (far,) = take(Greys(20), 1, start_step=10**9, sampling=UNEVEN)
+  assert 3 not in position(far["id"])
+  epochs = ids(whole).reshape(6, 16)
+  assert len({tuple(epoch) for epoch in epochs.tolist()}) == 6
+  for epoch in epochs:
+    assert len(set(epoch.tolist())) == 16  # every copy has an id of its own
+    assert np.sum(position(epoch) == 0) >= 2  # 6 of 20 draws, of which 4 fill no batch
+
+
+def test_copies_are_read_and_reported_as_their_example(caplog):
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    got = take(Greys(20, damaged={0}), 4, sampling=UNEVEN)
+  for batch in got:
+    where = position(batch["id"])
+    np.testing.assert_array_equal(batch["substituted"], where == 0)
+    shown = np.where(where == 0, 1, where)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], shown)
+    np.testing.assert_array_equal(batch["label"], shown % 5)
+  assert sum(b["substituted"].sum() for b in got) >= 8
+  (message,) = [r.getMessage() for r in caplog.records]
+  assert "example 0 of Greys(20) is damaged" in message
+
+
 def test_reader_goes_to_workers_without_its_threads():
   reader = pipeline._Reader(Greys(20), SIDE, 2)
-  want = reader.train(np.arange(8))
-  got = pickle.loads(pickle.dumps(reader)).train(np.arange(8))
+  want = reader.train((np.zeros(8, int), np.arange(8)))
+  got = pickle.loads(pickle.dumps(reader)).train((np.zeros(8, int), np.arange(8)))
   assert_same([got], [want])
   reader.close()

@@ -18,7 +18,9 @@ from ssrl_jax.data.sources import (
   FolderSource,
   Subset,
   _feature_names,
+  check_frames,
   check_same_classes,
+  labels_of,
   open_source,
 )
 
@@ -153,9 +155,91 @@ def test_limit_draws_the_same_examples_for_a_seed(tmp_path):
     open_source(f"folder:{tmp_path}", split="train", limit=21)
 
 
+# Clips.
+
+
+def frame_names(source, i):
+  return [os.path.basename(f) for f in source[i]["frames"]]
+
+
+def test_clips_are_folders_of_frames_in_natural_order_with_classes(tmp_path):
+  for name in ("run/b/frame10.png", "run/b/frame2.png", "run/b/.hidden.png", "run/b/notes.txt"):
+    put(tmp_path / "train" / name)
+  for name in ("jump/deep/er/x1.png", "run/a/frame01.png", "run/a/frame1.png", "run/a/frame0.png"):
+    put(tmp_path / "train" / name)
+  put(tmp_path / "val" / "run" / "c" / "f.png")
+  source = open_source(f"clips:{tmp_path}", split="train")
+  assert len(source) == 3
+  assert source.class_names == ("jump", "run")
+  assert [source[i]["label"] for i in range(3)] == labels_of(source).tolist() == [0, 1, 1]
+  assert frame_names(source, 0) == ["x1.png"]
+  assert frame_names(source, 1) == ["frame0.png", "frame01.png", "frame1.png"]
+  assert frame_names(source, 2) == ["frame2.png", "frame10.png"]
+  assert [os.path.basename(source[i]["image"]) for i in range(3)] == [
+    "x1.png", "frame01.png", "frame10.png"  # the middle one
+  ]  # fmt: skip
+  assert len(open_source(f"clips:{tmp_path}", split="test")) == 1
+  copy = pickle.loads(pickle.dumps(source))
+  assert [copy[i] for i in range(3)] == [source[i] for i in range(3)]
+  assert repr(copy) == f"ClipSource({str(tmp_path / 'train')!r}, split='train', {SIZE})"
+
+
+SIZE = "num_examples=3, num_classes=2"
+
+
+@pytest.mark.parametrize("names", [("a/1.png", "b/1.png"), ("a/1.png", "class/b/1.png")])
+def test_clips_that_are_not_all_in_class_folders_are_unlabelled(names, tmp_path):
+  for name in names:
+    put(tmp_path / name)
+  source = open_source(f"clips:{tmp_path}", split="train")
+  assert [source[i]["label"] for i in range(len(source))] == [-1, -1]
+  assert (source.num_classes, source.class_names) == (None, ())
+
+
+def test_folders_that_are_no_clips_say_what_is_wrong(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nowhere; give clips:PATH"):
+    open_source(f"clips:{tmp_path}/nowhere", split="train")
+  (tmp_path / "a.txt").write_text("")
+  with pytest.raises(ValueError, match=r"no pictures in .*found 1 x \.txt"):
+    open_source(f"clips:{tmp_path}", split="train")
+  put(tmp_path / "clip" / "1.png")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match=r"the clip .*empty has no frames; remove the folder"):
+    open_source(f"clips:{tmp_path}", split="train")
+  (tmp_path / "empty").rmdir()
+  put(tmp_path / "still.png")
+  with pytest.raises(ValueError, match=r"1 pictures lie in .* itself, e\.g\. still\.png; put"):
+    open_source(f"clips:{tmp_path}", split="train")
+
+
+def test_check_frames_names_the_value_and_the_fix(tmp_path):
+  put(tmp_path / "clip" / "1.png")
+  clips, stills = (open_source(f"{k}:{tmp_path}", split="train") for k in ("clips", "folder"))
+  check_frames(clips, 2, 2)
+  check_frames(stills, 1, 0)
+  with pytest.raises(ValueError, match=r"data\.frames is 0; expected at least 1"):
+    check_frames(clips, 0, 0)
+  with pytest.raises(ValueError, match=r"frame_span is 1, .*at least 2, or 0"):
+    check_frames(clips, 2, 1)
+  for frames, span in ((2, 0), (1, 3)):
+    with pytest.raises(ValueError, match=rf"frames is {frames} .*FolderSource.*still pictures"):
+      check_frames(stills, frames, span)
+
+
+def test_labels_of_are_those_of_the_examples(tmp_path):
+  for k in range(12):
+    put(tmp_path / f"class{k % 3}" / f"{k}.png")
+  whole = open_source(f"folder:{tmp_path}", split="train")
+  scenes = open_source("digit_scenes", split="train", limit=6)
+  for source in (whole, Subset(whole, 7, seed=0), scenes, Subset(scenes, 3, seed=0)):
+    assert labels_of(source).tolist() == [source[i]["label"] for i in range(len(source))]
+
+
 def test_unknown_source_names_the_valid_ones():
   for name in ("cifar10", "folder:", "tfds:", "digits"):
-    with pytest.raises(ValueError, match=r"'tfds:NAME', 'folder:PATH' or 'digit_scenes'"):
+    with pytest.raises(
+      ValueError, match=r"'tfds:NAME', 'folder:PATH', 'clips:PATH' or 'digit_scenes'"
+    ):
       open_source(name, split="train")
 
 

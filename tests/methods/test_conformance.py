@@ -23,8 +23,27 @@ from ssrl_jax.state import TrainState, named_leaves, state_digest
 from ssrl_jax.train import abstract_views, make_train_step
 
 LOCAL = {"local_views": view_group(count=2, size=8)}
-# id -> method, overrides of the config. Together they meet every value of every switch.
+VIT = {"encoder.name": "vit_pico", "encoder.vit.patch": 4, "encoder.vit.position": "sincos"}
+PLAIN = {"encoder.fusion.enabled": False}
+# id -> method, overrides of the config. Together they meet every branch of every method.
 CASES = {name: (name, {}) for name in METHODS} | {
+  "simclr block": ("simclr", {"method.block": 3}),
+  "byol local": ("byol", LOCAL),
+  "lejepa local": ("lejepa", LOCAL),
+  "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
+  "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
+  "moco_v3 vit": ("moco_v3", VIT),
+  "hybrid byol mae": (
+    "hybrid",
+    {
+      **VIT,
+      "method.terms": ("byol", "mae"),
+      "method.options": {
+        "byol": {"hidden_dim": 12, "out_dim": 6},
+        "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+      },
+    },
+  ),
   "fusion momentum variance_covariance plain-encoder": (
     "fusion",
     {
@@ -45,6 +64,33 @@ CASES = {name: (name, {}) for name in METHODS} | {
 # Crop and flip only: the views have tests of their own, and their colours compile slowly.
 PLAIN_VIEWS = {f"global_views.{name}": 0.0 for name in ("jitter", "greyscale")}
 SLOW = {"fusion momentum none local"}
+READS_LABELS = {"supcon", "supervised"}
+# How much a target keeps, where it is not BYOL's cosine: step / total steps, base -> tau.
+TAU = {
+  "ijepa": lambda share, base: base + (1 - base) * share,
+  **dict.fromkeys(("moco_v2", "densecl", "finegrained"), lambda share, base: base),
+}
+# Options that make a method small, where it has them.
+TINY = {
+  "hidden_dim": 12,
+  "out_dim": 6,
+  "maps_dim": 6,
+  "tile_dim": 6,
+  "predictor_dim": 16,
+  "predictor_depth": 1,
+  "predictor_heads": 2,
+  "decoder_dim": 16,
+  "decoder_depth": 1,
+  "decoder_heads": 2,
+  "num_prototypes": 12,
+  "num_directions": 16,
+  "num_matches": 3,
+  "num_permutations": 5,
+  "freeze_epochs": 0.0,
+  "queue_size": 16,
+  "slice_size": 8,
+}
+TINY_OPTIONS = {name: {"hidden_dim": 12, "out_dim": 6} for name in ("simclr", "vicreg")}
 BATCH = 8
 # The compiler's effort, not the result: a third of the time on a CPU.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -57,7 +103,11 @@ def make_config(method, overrides):
   c.global_views.update({"size": 16})
   c.encoder.resnet.update({"width": 4, "zero_init": False})  # else many gradients start at zero
   c.encoder.fusion.width = 6
-  c.method.update({k: v for k, v in {"hidden_dim": 12, "out_dim": 6}.items() if k in c.method})
+  c.encoder.attention.width = 8
+  c.encoder.name = c.encoder.name.replace("nano", "pico")
+  c.method.update({k: v for k, v in TINY.items() if k in c.method})
+  if method == "hybrid":
+    c.method.options = TINY_OPTIONS
   c.mesh.devices = 1
   for key, value in overrides.items():
     *groups, last = key.split(".")
@@ -81,6 +131,15 @@ def make_views(experiment):
   """Noise pictures; the views of one differ by less than two pictures do."""
   rng, views = np.random.default_rng(0), {}
   for name, shape in abstract_views(experiment).items():
+    if name == "label":
+      views[name] = rng.integers(0, 3, shape.shape).astype(np.int32)
+      continue
+    if name.endswith("_box"):  # quarters of the picture, one in four of them mirrored
+      corner = np.random.default_rng(1).integers(0, 2, (*shape.shape[:2], 2)) / 2
+      box = np.concatenate([corner, corner + 0.5], axis=-1).astype(np.float32)
+      box[::4] = box[::4][..., [0, 3, 2, 1]]
+      views[name] = box
+      continue
     pictures = rng.normal(size=(shape.shape[0], 1, *shape.shape[2:]))
     views[name] = (pictures + 0.5 * rng.normal(size=shape.shape)).astype(np.float32)
   return views
@@ -100,6 +159,8 @@ def loss_and_gradients(method, *, num_devices):
 
 
 class Case(NamedTuple):
+  name: str  # of the method
+  tau: float  # of its config, if it has one
   method: Method
   state: TrainState  # at step 0
   inputs: tuple  # of loss_and_gradients
@@ -114,7 +175,8 @@ class Case(NamedTuple):
   params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
 )
 def case(request) -> Case:
-  experiment = make_experiment(*CASES[request.param])
+  name, overrides = CASES[request.param]
+  experiment = make_experiment(name, overrides)
   method, state = experiment.method, make_state(experiment)
   views, key, step = make_views(experiment), jax.random.key(7), jnp.zeros((), jnp.int32)
   inputs = jax.device_get((state.params, state.method_state, views)) + (key, step)
@@ -127,7 +189,7 @@ def case(request) -> Case:
   def update(params, method_state, gradients, opt_state, step):
     updates, opt_state = optimizer.update(gradients, opt_state)
     params = optax.apply_updates(params, updates)
-    return params, method.after_update(params, method_state, step), opt_state
+    return *method.after_update(params, method_state, step), opt_state
 
   params, method_state = state.params, state.method_state
   opt_state, losses = optimizer.init(params), []
@@ -137,7 +199,10 @@ def case(request) -> Case:
     params, method_state, opt_state = update(
       params, aux.method_state, gradients, opt_state, jnp.int32(step)
     )
-  return Case(method, state, inputs, output, compiled(*inputs), losses, (params, method_state))
+  tau = experiment.config.method.get("tau", 0.0)
+  return Case(
+    name, tau, method, state, inputs, output, compiled(*inputs), losses, (params, method_state)
+  )
 
 
 def assert_close(got, expected, *, scale=0.0):
@@ -166,7 +231,7 @@ def test_everything_can_be_traced_without_computing(name):
   # Nothing changes its shape or type in a step: the state can be donated and the step repeated.
   after = jax.eval_shape(experiment.method.after_update, state.params, aux.method_state, state.step)
   plain = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-  assert plain(after) == plain(state.method_state)
+  assert plain(after) == plain((state.params, state.method_state))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -174,7 +239,7 @@ def test_encoder_may_need_randomness(name):
   experiment = make_experiment(
     name,
     {
-      "encoder.name": "vit_nano",
+      "encoder.name": "vit_pico",
       "encoder.vit.patch": 4,
       "encoder.vit.drop_path": 0.1,
       "encoder.fusion.enabled": False,
@@ -217,15 +282,18 @@ def target_params(method_state):
 
 
 def test_target_moves_by_its_average_and_by_nothing_else(case):
-  """tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2 of BYOL, K = 20 steps, base 0.99."""
+  """tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2 of BYOL, K = 20 steps, or as in TAU."""
   _, method_state, *_ = case.inputs
   aux = case.output[0][1]
   before, after_loss = target_params(method_state), target_params(aux.method_state)
   assert_equal(dict(after_loss), dict(before))
   params, _ = case.trained  # another network than the target
   for step in (0, 7, 20):
-    moved = target_params(jax.jit(case.method.after_update)(params, method_state, jnp.int32(step)))
-    tau = 1 - (1 - 0.99) * (np.cos(np.pi * step / 20) + 1) / 2
+    _, after = jax.jit(case.method.after_update)(params, method_state, jnp.int32(step))
+    moved = target_params(after)
+    base = case.tau
+    cosine = 1 - (1 - base) * (np.cos(np.pi * step / 20) + 1) / 2
+    tau = TAU[case.name](step / 20, base) if case.name in TAU else cosine
     online = dict(named_leaves(params))
     for (name, new), (_, old) in zip(moved, before, strict=True):
       expected = tau * old.astype(np.float64) + (1 - tau) * np.asarray(
@@ -236,7 +304,8 @@ def test_target_moves_by_its_average_and_by_nothing_else(case):
 
 def test_update_leaves_the_rest_of_the_state_alone(case):
   params, method_state = case.trained
-  after = case.method.after_update(params, method_state, jnp.int32(3))
+  new_params, after = case.method.after_update(params, method_state, jnp.int32(3))
+  assert case.name == "swav" or new_params is params
   moving = dict(target_params(method_state)).keys()
   rest = [(n, x) for n, x in named_leaves(method_state) if n not in moving]
   assert_equal({n: x for n, x in named_leaves(after) if n not in moving}, dict(rest))
@@ -307,33 +376,36 @@ def stepped(request):
     return state, metrics, watched
 
   labels = np.arange(BATCH, dtype=np.int32)
-  return run(labels, 0.0), run(labels[::-1] - 1, np.float32(5))
+  return request.param, run(labels, 0.0), run(labels[::-1] - 1, np.float32(5))
 
 
 def test_bfloat16_stays_finite_and_keeps_parameters_in_float32(stepped):
-  (state, metrics, watched), _ = stepped
+  _, (state, metrics, watched), _ = stepped
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
   assert int(state.step) == 2
   for name, x in named_leaves((state._replace(key=()), metrics, watched)):
     assert np.all(np.isfinite(np.asarray(x, np.float32))), name
 
 
-def test_probe_cannot_influence_the_encoder(stepped):
+def test_labels_and_probe_cannot_influence_the_encoder(stepped):
   """Other labels and other weights of the probe: the same bytes of everything else."""
-  (one, metrics_one, _), (two, metrics_two, _) = stepped
+  name, (one, metrics_one, _), (two, metrics_two, _) = stepped
   assert metrics_one["probe/loss"] != metrics_two["probe/loss"]
   assert state_digest(one.probe) != state_digest(two.probe)
-  assert state_digest(one._replace(probe=())) == state_digest(two._replace(probe=()))
+  same = state_digest(one._replace(probe=())) == state_digest(two._replace(probe=()))
+  assert same != (name in READS_LABELS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_views_that_a_method_cannot_use_are_refused(name):
+  few = [] if name in ("mae", "ijepa", "jigsaw", "supervised") else [{"global_views.count": 1}]
   for overrides in (
+    *few,
     {"global_views": view_group(count=0)},
-    {"global_views": view_group(count=1)},
     {"global_views": view_group(count=0), **LOCAL},
   ):
-    with pytest.raises(ValueError, match=rf"{name}.* global views"):
+    who = "simclr" if name == "hybrid" else name
+    with pytest.raises(ValueError, match=rf"{who}.* global views"):
       make_experiment(name, overrides)
 
 

@@ -1,0 +1,69 @@
+"""python -m ssrl_jax.data.cluster --workdir=RUN --num_clusters=K --out=clusters.npy
+
+Clusters the training set of a run by the frozen features of its newest checkpoint, and writes the
+cluster of each example: what --config.data.sampling=clusters takes to train the next run on an
+evened-out pool. A command on top of everything else; nothing imports it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from sklearn.cluster import MiniBatchKMeans
+
+from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.evaluate.suite import trained_evaluation
+from ssrl_jax.experiment import abstract_state, build, open_split
+from ssrl_jax.main import exit_with_one_line, print_line
+from ssrl_jax.run_folder import load_config
+
+
+def run(folder: Path, num_clusters: int, out: Path, seed: int) -> int:
+  config = load_config(folder)
+  train = open_split(config, "train")
+  if not 2 <= num_clusters <= len(train):
+    raise ValueError(f"num_clusters is {num_clusters}; expected 2 to {len(train)}, the examples")
+  experiment = build(config, num_examples=len(train), num_classes=train.num_classes)
+  checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
+  state = checkpoints.restore(abstract_state(experiment))
+  if state is None:
+    raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
+  rows = trained_evaluation(experiment, state, train, train).features("train")
+  kmeans = MiniBatchKMeans(num_clusters, random_state=seed, n_init=3, batch_size=4096)
+  clusters = np.full(len(train), -1, np.int32)  # -1: damaged, so in no cluster
+  clusters[rows.ids] = kmeans.fit_predict(rows.features)
+  with out.open("wb") as file:  # np.save itself would add a suffix to another name
+    np.save(file, clusters)
+  sizes = np.bincount(clusters[rows.ids], minlength=num_clusters)
+  print_line(
+    f"{out}: {len(rows.ids)} of {len(train)} examples in {num_clusters} clusters of {sizes.min()} "
+    f"to {sizes.max()}, median {np.median(sizes):g}; train on them with "
+    f"--config.data.sampling=clusters --config.data.sampling_file={out}"
+  )
+  return 0
+
+
+def cli(argv: list[str]) -> int:
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+
+  def program() -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "The run's folder.", values)
+    flags.DEFINE_integer("num_clusters", 0, "K of k-means.", flag_values=values)
+    flags.DEFINE_string("out", "clusters.npy", "The file to write.", values)
+    flags.DEFINE_integer("seed", 0, "Of k-means.", flag_values=values)
+    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    values(argv)
+    if not values.workdir:
+      raise ValueError("--workdir=DIR, the folder of a run, is missing")
+    return run(Path(values.workdir), values.num_clusters, Path(values.out), values.seed)
+
+  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+
+
+if __name__ == "__main__":
+  sys.exit(cli(sys.argv))
