@@ -95,6 +95,7 @@ class Method(NamedTuple):
   after_update: Callable[[Params, MethodState, Array], tuple[Params, MethodState]]
   encode: Callable[[Params, MethodState, Array], Features]  # images: normalised float [B, h, w, 3]
   constant_lr: tuple[str, ...] = ()  # names in params whose learning rate stays at its peak
+  unit_variance: bool = False  # whether the loss asks for embeddings of variance 1
 
 
 def global_spec(views: tuple[ViewSpec, ...], *, method: str, count: int) -> ViewSpec:
@@ -255,6 +256,7 @@ def joint_embedding(
   objective: Callable[..., tuple[Array, dict[str, Array]]],
   *,
   constant_lr: tuple[str, ...] = (),
+  unit_variance: bool = False,
 ) -> Method:
   """The Method of an objective on one network's embeddings of all views, global ones first.
 
@@ -262,7 +264,7 @@ def joint_embedding(
     network: a `models.heads.JointEmbedding`.
     views: "global", and optionally "local".
     objective: (z_BVP, q_BVP, label_B, key) -> loss, metrics; projections and predictions.
-    constant_lr: see `Method`.
+    constant_lr, unit_variance: see `Method`.
   """
 
   def init(key, views):
@@ -288,4 +290,5 @@ def joint_embedding(
     )
     return value, aux
 
-  return Method(views, init, loss, keep, encode_with(network.encoder), constant_lr)
+  encode = encode_with(network.encoder)
+  return Method(views, init, loss, keep, encode, constant_lr, unit_variance)

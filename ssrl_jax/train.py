@@ -179,6 +179,7 @@ class Guard:
     self._names = watched_names(experiment)
     self._workdir, self._num_dimensions = workdir, num_dimensions
     self._quiet_until = max(50, experiment.total_steps // 10)
+    self._unit_variance = experiment.method.unit_variance
     self._collapsed = 0
 
   def check_finite(self, step: int, metrics: dict[str, float], ids: np.ndarray) -> None:
@@ -195,7 +196,8 @@ class Guard:
     )
 
   def check_collapse(self, step: int, metrics: dict[str, float]) -> None:
-    name = collapse(metrics, self._num_dimensions) if step >= self._quiet_until else None
+    options = {"unit_variance": self._unit_variance}
+    name = collapse(metrics, self._num_dimensions, **options) if step >= self._quiet_until else None
     self._collapsed = self._collapsed + 1 if name else 0
     if self._collapsed == self.PATIENCE:
       logging.warning("step %d: %s", step, name)

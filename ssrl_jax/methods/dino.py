@@ -111,16 +111,16 @@ def make(
       method_state["centre"],
     )
     params = freeze(params, "predictor", step < frozen_steps)
-    (h_BVD, z_BVP, s_BVK), stats = forward(
+    (h_BVD, _, s_BVK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     if "local" in views:
       (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
-    (_, t_BTP, t_BTK), target_stats = forward(
+    (_, _, t_BTK), target_stats = forward(
       network, target["params"], target["batch_stats"], views["global"], keys[2]
     )
-    t_BTP, t_BTK = jax.lax.stop_gradient((t_BTP, t_BTK))
+    t_BTK = jax.lax.stop_gradient(t_BTK)
     p_BTK = teach(t_BTK, centre_K, step)
     value = cross_view_entropy(p_BTK, s_BVK, temperature=temperature)
     if centring == "centre":
@@ -135,8 +135,9 @@ def make(
       },
       metrics={"distillation": value, "teacher_entropy": entropy},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
-      embeddings=jax.lax.stop_gradient(z_BVP[:, 0]),
-      targets=t_BTP[:, 1],
+      # Distributions: both ways to collapse, uniform and one prototype for all, make them alike.
+      embeddings=jax.lax.stop_gradient(jax.nn.softmax(s_BVK[:, 0] / temperature)),
+      targets=p_BTK[:, 1],
     )
     return value, aux
 

@@ -70,7 +70,9 @@ def make(
     return method.encode(*take(params, method_state, name), images)
 
   constant = tuple(f"{name}/{lr}" for name, m in methods.items() for lr in m.constant_lr)
-  return Method(views, init, loss, after_update, encode, constant)
+  first = next(iter(methods.values()))
+  unit_variance = first.unit_variance
+  return Method(views, init, loss, after_update, encode, constant, unit_variance)
 
 
 def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:

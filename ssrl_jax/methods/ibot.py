@@ -36,7 +36,7 @@ from ssrl_jax.models.vit import check_vit
 
 
 class Network(nn.Module):
-  """h [N, D], class embedding z [N, P] and scores [N, K], scores of the patches [N, n, K]."""
+  """h [N, D], scores of the class token [N, K] and of the patches [N, n, K]."""
 
   encoder: nn.Module
   projector: nn.Module
@@ -47,12 +47,7 @@ class Network(nn.Module):
     tokens_BND = features.tokens
     z_BP = self.projector(tokens_BND[:, 0], train)
     patches_BNP = self.projector(tokens_BND[:, self.encoder.num_prefix :], train)
-    return (
-      features.pooled,
-      z_BP,
-      self.prototypes(z_BP, train),
-      self.prototypes(patches_BNP, train),
-    )
+    return features.pooled, self.prototypes(z_BP, train), self.prototypes(patches_BNP, train)
 
 
 def make(
@@ -119,16 +114,16 @@ def make(
     params = freeze(params, "prototypes", step < frozen_steps)
     b, v = views["global"].shape[:2]
     mask_BN = draw_masks(keys[3], b * v)
-    (h_BVD, z_BVP, s_BVK, s_BVNK), stats = forward(
+    (h_BVD, s_BVK, s_BVNK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0], mask_BN
     )
-    (_, t_BTP, t_BTK, t_BTNK), target_stats = forward(
+    (_, t_BTK, t_BTNK), target_stats = forward(
       network, target["params"], target["batch_stats"], views["global"], keys[2]
     )
     if "local" in views:
-      (_, _, s, _), stats = forward(network, params, stats, views["local"], keys[1])
+      (_, s, _), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
-    t_BTP, t_BTK, t_BTNK = jax.lax.stop_gradient((t_BTP, t_BTK, t_BTNK))
+    t_BTK, t_BTNK = jax.lax.stop_gradient((t_BTK, t_BTNK))
     share = jnp.minimum(step / max(warmup_epochs * run.steps_per_epoch, 1), 1)
     heat = start_teacher_temperature + (teacher_temperature - start_teacher_temperature) * share
     p_BTK = centred_softmax(t_BTK, centre["class"], temperature=heat)
@@ -146,8 +141,8 @@ def make(
       },
       metrics={"class": class_loss, "patches": patch_loss},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
-      embeddings=jax.lax.stop_gradient(z_BVP[:, 0]),
-      targets=t_BTP[:, 1],
+      embeddings=jax.lax.stop_gradient(jax.nn.softmax(s_BVK[:, 0] / temperature)),
+      targets=p_BTK[:, 1],
     )
     return class_loss + patch_weight * patch_loss, aux
 

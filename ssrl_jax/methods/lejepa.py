@@ -55,4 +55,4 @@ def make(
     loss = (1 - sigreg_weight) * invariance + sigreg_weight * gaussian
     return loss, {"invariance": invariance, "sigreg": gaussian}
 
-  return joint_embedding(network, views, objective)
+  return joint_embedding(network, views, objective, unit_variance=True)

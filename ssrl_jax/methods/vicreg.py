@@ -55,4 +55,4 @@ def make(
     weights = invariance_weight, variance_weight, covariance_weight
     return sum(w * x for w, x in zip(weights, terms.values())), terms
 
-  return joint_embedding(network, views, objective)
+  return joint_embedding(network, views, objective, unit_variance=True)

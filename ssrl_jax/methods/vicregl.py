@@ -127,4 +127,4 @@ def make(
     )
     return global_weight * whole + (1 - global_weight) * dense, aux
 
-  return Method(views, init, loss, keep, encode_with(encoder))
+  return Method(views, init, loss, keep, encode_with(encoder), unit_variance=True)

@@ -15,6 +15,7 @@ from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
 
 ENCODERS = {
+  "resnet6": partial(make_resnet, depth=6),
   "resnet8": partial(make_resnet, depth=8),
   "resnet10": partial(make_resnet, depth=10),
   "resnet18": partial(make_resnet, depth=18),

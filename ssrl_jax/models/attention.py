@@ -76,13 +76,14 @@ class AttentionEncoder(nn.Module):
       max(channels // self.reduction, 1), dtype=self.dtype, name=f"channel{stride}_in"
     )
     excite = nn.Dense(channels, dtype=self.dtype, name=f"channel{stride}_out")
-    pooled = jnp.mean(x_BHWC, axis=(1, 2)), jnp.max(x_BHWC, axis=(1, 2))
+    x_BNC = x_BHWC.reshape(x_BHWC.shape[0], -1, channels)
+    pooled = jnp.mean(x_BNC, axis=1), largest(x_BNC, axis=1)
     gate_BC = nn.sigmoid(sum(excite(nn.relu(squeeze(v_BC))) for v_BC in pooled))
     return x_BHWC * gate_BC[:, None, None]
 
   def _attend_places(self, x_BHWC: Array, stride: int, train: bool) -> Array:
     """x * sigmoid(BatchNorm(conv 7x7 of the maximum and the mean over channels))."""
-    both = [jnp.max(x_BHWC, axis=-1), jnp.mean(x_BHWC, axis=-1)]
+    both = [largest(x_BHWC, axis=-1), jnp.mean(x_BHWC, axis=-1)]
     y_BHW1 = conv(1, 7, dtype=self.dtype, name=f"place{stride}")(jnp.stack(both, axis=-1))
     return x_BHWC * nn.sigmoid(
       batch_norm(train, dtype=self.dtype, name=f"place{stride}_norm")(y_BHW1)
@@ -94,6 +95,16 @@ class AttentionEncoder(nn.Module):
     query = nn.Dense(self.heads, kernel_init=NORMAL, use_bias=False, name=f"query{stride}")
     logits_BNA = query(x_BHWF.astype(jnp.float32)).reshape(b, h * w, self.heads)
     return jax.nn.softmax(logits_BNA, axis=1).reshape(b, h, w, self.heads)
+
+
+def largest(x: Array, *, axis: int) -> Array:
+  """The maximum along an axis, its gradient going to the first place that has it.
+
+  Not jnp.max: its gradient divides by the number of places equal to the maximum, which is 0, and
+  the gradient NaN, where the compiler computes the array twice and rounds it differently.
+  """
+  place = jnp.expand_dims(jnp.argmax(x, axis=axis), axis)
+  return jnp.squeeze(jnp.take_along_axis(x, place, axis=axis), axis)
 
 
 def pool(x_BHWF: Array, weights_BHWA: Array) -> Array:

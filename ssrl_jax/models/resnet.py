@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from ssrl_jax.method import Array, Features
 
-# depth -> blocks per stage, bottleneck. 8 and 10 are the smallest of their kind, for CPU recipes.
+# depth -> blocks per stage, bottleneck. 6, 8 and 10 are ours, for tests and CPU recipes.
 DEPTHS = {
+  6: ((1, 1), False),
   8: ((1, 1, 1), False),
   10: ((1, 1, 1, 1), False),
   18: ((2, 2, 2, 2), False),
