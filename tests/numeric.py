@@ -1,0 +1,36 @@
+"""What the tests of objectives share."""
+
+import numpy as np
+
+
+def differences(f, x, eps=1e-6):
+  """Central differences of a scalar function, float64, one element at a time."""
+  x = np.asarray(x, np.float64)
+  gradient = np.zeros(x.shape)
+  for i in np.ndindex(*x.shape):
+    step = np.zeros(x.shape)
+    step[i] = eps
+    gradient[i] = (f(x + step) - f(x - step)) / (2 * eps)
+  return gradient
+
+
+def unit(x):
+  """Rows at unit length, float64."""
+  x = np.asarray(x, np.float64)
+  return x / np.sqrt((x**2).sum(axis=-1, keepdims=True))
+
+
+def softmax64(x):
+  x = np.exp(np.asarray(x, np.float64) - np.max(x))
+  return x / x.sum()
+
+
+def sizes(jaxpr):
+  """Number of elements of every array that a jaxpr and those inside it compute."""
+  for eqn in jaxpr.eqns:
+    yield from (int(np.prod(out.aval.shape)) for out in eqn.outvars)
+    for value in eqn.params.values():
+      for sub in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(sub, "jaxpr", sub)
+        if hasattr(inner, "eqns"):
+          yield from sizes(inner)
