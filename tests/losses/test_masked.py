@@ -28,7 +28,7 @@ def test_unpatchify_undoes_patchify(patch, grid):
 
 
 def standardise64(patches):
-  """models_mae.py, forward_loss: torch's x.var(dim=-1), which divides by M - 1, and 1e-6 with it."""
+  """models_mae.py, forward_loss: torch's var, which divides by M - 1, and 1e-6 added to it."""
   out = np.zeros(patches.shape)
   for i in np.ndindex(*patches.shape[:-1]):
     x = patches[i].astype(np.float64)
