@@ -105,6 +105,8 @@ def make(
     )
     h_BD, q_BP, q_BnP, map_BnC = (x[:, 0] for x in outputs)
     _, k_BP, k_BnP, k_map_BnC = (jax.lax.stop_gradient(x[:, 0]) for x in target_outputs)
+    # Pooled before the places are brought to unit length, as the official neck does.
+    mean_BP = normalise(jnp.mean(k_BnP, axis=1))
     k_BP, k_BnP = normalise(k_BP), normalise(k_BnP)
     match_Bn = match_features(map_BnC, k_map_BnC)
     whole_B = info_nce_queue(q_BP, k_BP, queue["global"], temperature=temperature)
@@ -114,7 +116,7 @@ def make(
     whole, dense = jnp.mean(whole_B), jnp.mean(dense_M)
     queue = {
       "global": push(queue["global"], k_BP),
-      "dense": push(queue["dense"], normalise(jnp.mean(k_BnP, axis=1))),
+      "dense": push(queue["dense"], mean_BP),
     }
     aux = Aux(
       method_state={
