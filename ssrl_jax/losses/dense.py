@@ -26,7 +26,8 @@ def closest_pairs(x_BnC: Array, y_BmC: Array, *, num: int) -> tuple[Array, Array
   """The `num` places of x that are nearest to any place of y, and those places of y; [B, num] each.
 
   Euclidean distance, without gradient. Bardes et al. 2022 (VICRegL), section 3.2: on features, or
-  on positions.
+  on positions. In the order of x's places, as the official code: statistics over the batch are of
+  places with the same rank.
   """
   x_BnC, y_BmC = jax.lax.stop_gradient((x_BnC, y_BmC))
   square_Bnm = (
@@ -36,6 +37,7 @@ def closest_pairs(x_BnC: Array, y_BmC: Array, *, num: int) -> tuple[Array, Array
   )
   nearest_Bn = jnp.argmin(square_Bnm, axis=2)
   _, place_Bk = jax.lax.top_k(-jnp.min(square_Bnm, axis=2), num)
+  place_Bk = jnp.sort(place_Bk, axis=1)
   return place_Bk, jnp.take_along_axis(nearest_Bn, place_Bk, axis=1)
 
 
