@@ -1,0 +1,713 @@
+"""The objective that each method closes over, on embeddings that are given, not computed.
+
+The "views" are the embeddings: the encoder hands its input on, and so do projector and predictor.
+What remains of `Method.loss` is the objective, compared with loops transcribed from papers and
+official code. What the objective is made of has tests of its own in tests/losses.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssrl_jax.method import Features, Run, ViewSpec, normalise
+from ssrl_jax.methods import (
+  barlow_twins,
+  byol,
+  dcl,
+  densecl,
+  dino,
+  fusion,
+  ibot,
+  ijepa,
+  jigsaw,
+  lejepa,
+  mae,
+  moco_v2,
+  moco_v3,
+  nnclr,
+  simclr,
+  simsiam,
+  supcon,
+  swav,
+  vicreg,
+  vicregl,
+  w_mse,
+)
+from tests.numeric import differences, softmax64, unit
+
+B, P, K = 6, 4, 5
+RUN = Run(batch_size=B, steps_per_epoch=10, total_steps=100, num_classes=10)
+
+
+class Given(nn.Module):
+  """[N, h, w, C] -> these as the map, their first place as the pooled vector."""
+
+  def __call__(self, images, train):
+    return Features(images[:, 0, 0], {4: images})
+
+
+class Same(nn.Module):
+  def __call__(self, x, train):
+    return x
+
+
+def views(num_global=2):
+  return (ViewSpec("global", count=num_global),)
+
+
+def embeddings(num_views, b=B, p=P, seed=0):
+  """[B, V, P]: views of one image are closer than images."""
+  rng = np.random.default_rng(seed)
+  z = rng.normal(size=(b, 1, p)) + 0.6 * rng.normal(size=(b, num_views, p))
+  return z.astype(np.float32)
+
+
+def make(monkeypatch, module, *, num_global=2, run=RUN, **options):
+  if hasattr(module, "MLP"):
+    monkeypatch.setattr(module, "MLP", lambda **kw: Same())
+  return module.make(encoder=Given(), views=views(num_global), run=run, **options)
+
+
+def loss_of(method, z_BVP, *, params=None, state=None, local_BVP=None, step=0, **more):
+  """value, aux of the objective on these embeddings of global (and local) views."""
+  given = {"global": z_BVP[:, :, None, None], "label": jnp.zeros(len(z_BVP), jnp.int32), **more}
+  if local_BVP is not None:
+    given["local"] = local_BVP[:, :, None, None]
+  state = {"batch_stats": {}} | (state or {})
+  return method.loss({"encoder": {}, **(params or {})}, state, given, jax.random.key(3), step)
+
+
+def target(params=None):
+  return {"target": {"params": {"encoder": {}, **(params or {})}, "batch_stats": {}}}
+
+
+def value_and_gradient(method, **options):
+  # The compiler's effort, not the result: much faster on a CPU.
+  fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+  loss = lambda z: loss_of(method, z, **options)[0]  # noqa: E731
+  return jax.jit(jax.value_and_grad(loss), compiler_options=fast)
+
+
+def cosine_distance64(x, y):
+  return sum((a - b) ** 2 for a, b in zip(unit(x), unit(y)))
+
+
+def check(method, z, reference, *, rtol=1e-4, atol=2e-5, **options):
+  """Value and gradient; `reference` is a function of what is to get gradient."""
+  compiled = value_and_gradient(method, **options)
+  value, gradient = compiled(z)
+  assert value.shape == ()
+  np.testing.assert_allclose(value, reference(z.astype(np.float64)), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(gradient, differences(reference, z), rtol=rtol, atol=atol)
+  for scale in (1e-6, 1e4):
+    value, gradient = compiled(np.float32(scale) * z)
+    assert np.isfinite(value), scale
+    assert np.all(np.isfinite(gradient)), scale
+
+
+def cross_entropy64(logits, label):
+  return -np.log(softmax64(logits)[label])
+
+
+# --- What tells images apart.
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_simclr_dcl_and_supcon_are_means_over_images(monkeypatch, block):
+  z, label = embeddings(2), np.array([0, 1, 0, 2, -1, 1], np.int32)
+
+  def one(z, kind, label=None):
+    rows = unit(np.concatenate([z[:, 0], z[:, 1]]))
+    total = 0.0
+    for i in range(2 * B):
+      mate = (i + B) % (2 * B)
+      others = [j for j in range(2 * B) if j != i and not (kind == "dcl" and j == mate)]
+      positives = [mate]
+      if label is not None and label[i % B] >= 0:
+        positives = [j for j in range(2 * B) if j != i and label[j % B] == label[i % B]]
+      log_sum = np.log(sum(np.exp(rows[i] @ rows[j] / 0.2) for j in others))
+      total += sum(log_sum - rows[i] @ rows[j] / 0.2 for j in positives) / len(positives)
+    return total / (2 * B)
+
+  options = {"temperature": 0.2, "block": block}
+  check(make(monkeypatch, simclr, **options), z, lambda z: one(z, "simclr"))
+  check(make(monkeypatch, dcl, **options), z, lambda z: one(z, "dcl"))
+  supervised = make(monkeypatch, supcon, **options)
+  check(supervised, z, lambda z: one(z, "supcon", label), label=label)
+
+
+def test_moco_v3_multiplies_each_direction_by_twice_the_temperature(monkeypatch):
+  """moco/builder.py: ctr_loss(q1, k2) + ctr_loss(q2, k1), each a mean times 2 T; keys are fixed."""
+  z, temperature = embeddings(2), 0.2
+  keys = unit(z)
+
+  def reference(z):
+    total = 0.0
+    for own, other in ((0, 1), (1, 0)):
+      q = unit(z[:, own])
+      losses = [cross_entropy64(keys[:, other] @ q[i] / temperature, i) for i in range(B)]
+      total += sum(losses) / B * (2 * temperature)
+    return total
+
+  method = make(monkeypatch, moco_v3, temperature=temperature)
+  check(method, z, reference, state=target())
+  # Alike embeddings: 2 T log B of each direction.
+  value, aux = loss_of(method, np.ones((B, 2, P), np.float32), state=target())
+  np.testing.assert_allclose(value, 2 * 2 * temperature * np.log(B), rtol=1e-5)
+  np.testing.assert_allclose(aux.metrics["info_nce"], np.log(B), rtol=1e-5)
+
+
+def test_moco_v2_asks_with_view_0_and_answers_with_view_1(monkeypatch):
+  z, rng = embeddings(2), np.random.default_rng(1)
+  queue = unit(rng.normal(size=(2 * B, P))).astype(np.float32)
+  keys = unit(z[:, 1])
+
+  def reference(z):
+    losses = []
+    for i in range(B):
+      q = unit(z[i, 0])
+      losses.append(cross_entropy64(np.array([q @ keys[i], *(queue @ q)]) / 0.2, 0))
+    return sum(losses) / B
+
+  method = make(monkeypatch, moco_v2, queue_size=2 * B, out_dim=P)
+  state = {"queue": jnp.asarray(queue), **target()}
+  check(method, z, reference, state=state)
+  after = loss_of(method, z, state=state)[1].method_state["queue"]
+  np.testing.assert_allclose(after, np.concatenate([keys, queue[:B]]), rtol=1e-5, atol=1e-6)
+
+
+def test_nnclr_asks_with_neighbours_and_answers_with_predictions(monkeypatch):
+  """The paper's equation 3 and its pseudocode: L(NN(z1), p2) / 2 + L(NN(z2), p1) / 2."""
+  z, rng = embeddings(2), np.random.default_rng(1)
+  queue = unit(rng.normal(size=(3 * B, P))).astype(np.float32)
+  near = [[queue[np.argmax(queue @ unit(z[i, v]))] for i in range(B)] for v in range(2)]
+
+  def reference(z):
+    total = 0.0
+    for view, other in ((0, 1), (1, 0)):
+      predictions = unit(z[:, other])
+      logits = [predictions @ near[view][i] / 0.1 for i in range(B)]
+      total += sum(cross_entropy64(logits[i], i) for i in range(B)) / B / 2
+    return total
+
+  method = make(monkeypatch, nnclr, queue_size=3 * B, out_dim=P)
+  state = {"queue": jnp.asarray(queue)}
+  check(method, z, reference, state=state)
+  after = loss_of(method, z, state=state)[1].method_state["queue"]
+  np.testing.assert_allclose(
+    after, np.concatenate([unit(z[:, 0]), queue[: 2 * B]]), rtol=1e-5, atol=1e-6
+  )
+
+
+# --- What pulls views together.
+
+
+@pytest.mark.parametrize(("num_global", "num_local"), [(2, 0), (2, 2), (3, 0)])
+def test_byol_objective(monkeypatch, num_global, num_local):
+  """Equations 2 and 3: two views, the sum of both directions; more, twice the mean over pairs."""
+  z, local = embeddings(num_global), embeddings(num_local, seed=1) if num_local else None
+  fixed = z.astype(np.float64)
+
+  def reference(z):
+    online = z if local is None else np.concatenate([z, local], axis=1)
+    pairs = [(v, t) for v in range(online.shape[1]) for t in range(num_global) if v != t]
+    values = [
+      sum(cosine_distance64(online[i, v], fixed[i, t]) for i in range(B)) / B for v, t in pairs
+    ]
+    return sum(values) if (num_global, num_local) == (2, 0) else 2 * sum(values) / len(values)
+
+  method = make(monkeypatch, byol, num_global=num_global)
+  check(method, z, reference, state=target(), local_BVP=local)
+
+
+def test_byol_objective_by_hand():
+  q = np.float32([[[1, 0], [0, 2]]])
+  # Cosines of q1 with t2 and of q2 with t1: 1 and -1, so 0 + 4.
+  np.testing.assert_allclose(byol.objective(q, np.float32([[[0, -1], [3, 0]]])), 4, atol=1e-6)
+  np.testing.assert_allclose(byol.objective(q, q[:, ::-1]), 0, atol=1e-6)
+  np.testing.assert_allclose(byol.objective(q, -q[:, ::-1]), 8, rtol=1e-6)
+
+
+def test_simsiam_is_the_mean_negative_cosine_without_gradient_to_the_target(monkeypatch):
+  """main_simsiam.py: -(cos(p1, z2) + cos(p2, z1)) / 2, z1 and z2 detached."""
+  z = embeddings(2)
+  fixed = unit(z)
+
+  def reference(z):
+    cosines = [unit(z[i, v]) @ fixed[i, 1 - v] for i in range(B) for v in range(2)]
+    return -sum(cosines) / B / 2
+
+  method = make(monkeypatch, simsiam)
+  check(method, z, reference)
+  free = make(monkeypatch, simsiam, stop_gradient=False)
+  whole, half = value_and_gradient(free)(z)[1], value_and_gradient(method)(z)[1]
+  np.testing.assert_allclose(whole, 2 * half, rtol=1e-4, atol=1e-6)
+
+
+def test_barlow_twins_is_scaled(monkeypatch):
+  z = embeddings(2, b=9)
+  plain = loss_of(make(monkeypatch, barlow_twins, scale=1.0, off_diagonal_weight=0.1), z)[0]
+  released = loss_of(make(monkeypatch, barlow_twins, off_diagonal_weight=0.1), z)
+  np.testing.assert_allclose(released[0], 0.024 * plain, rtol=1e-6)
+  np.testing.assert_allclose(released[1].metrics["barlow_twins"], plain, rtol=1e-6)
+
+
+def vicreg_terms64(x, y):
+  """mse; and of each branch the mean hinge and the off-diagonal squares over the dimensions."""
+  n, dims = x.shape
+  mse = sum((x[i, j] - y[i, j]) ** 2 for i in range(n) for j in range(dims)) / (n * dims)
+  hinges, squares = [], []
+  for z in (x, y):
+    cov = np.cov(z.T, ddof=1)
+    hinges.append(sum(max(0, 1 - np.sqrt(cov[j, j] + 1e-4)) for j in range(dims)) / dims)
+    squares.append(sum(cov[j, k] ** 2 for j in range(dims) for k in range(dims) if j != k) / dims)
+  return mse, hinges, squares
+
+
+def test_vicreg_halves_the_variance_and_not_the_covariance(monkeypatch):
+  """main_vicreg.py: std_loss is the mean over the branches, cov_loss their sum; 25, 25, 1."""
+  z = 0.5 * embeddings(2)
+
+  def reference(z):
+    mse, hinges, squares = vicreg_terms64(z[:, 0], z[:, 1])
+    return 25 * mse + 25 * (hinges[0] / 2 + hinges[1] / 2) + 1 * (squares[0] + squares[1])
+
+  check(make(monkeypatch, vicreg), z, reference)
+
+
+def test_w_mse_whitens_each_view_of_each_slice(monkeypatch):
+  """methods/w_mse.py: random slices; of unit vectors; the mean over examples and slicings."""
+  run, z = RUN._replace(batch_size=12), embeddings(2, b=12, p=3)
+  options = {"out_dim": 3, "eps": 0.0}
+
+  def whitened64(x):
+    x = x - x.mean(axis=0)
+    return np.linalg.solve(np.linalg.cholesky(np.cov(x.T, ddof=1)), x.T).T
+
+  def distance(z):
+    pair = whitened64(z[:, 0]), whitened64(z[:, 1])
+    return sum(cosine_distance64(x, y) for x, y in zip(*pair)) / len(z)
+
+  whole = make(monkeypatch, w_mse, run=run, slice_size=12, **options)
+  check(whole, z, distance, rtol=1e-3)
+  # Two slices and two slicings, with the program's own permutations.
+  orders = []
+  permutation = jax.random.permutation
+
+  def record(key, n):
+    orders.append(np.asarray(permutation(key, n)))
+    return jnp.asarray(orders[-1])
+
+  monkeypatch.setattr(jax.random, "permutation", record)
+  sliced = make(monkeypatch, w_mse, run=run, slice_size=6, iterations=2, **options)
+  value, _ = loss_of(sliced, z)
+  assert len(orders) == 2
+  assert np.any(orders[0] != orders[1])
+  z = z.astype(np.float64)
+  expected = [distance(z[order[half]]) for order in orders for half in (slice(6), slice(6, 12))]
+  np.testing.assert_allclose(value, np.mean(expected), rtol=1e-4)
+
+
+def test_lejepa_meets_the_centre_of_the_global_views(monkeypatch):
+  z, local = embeddings(2), embeddings(3, seed=1)
+  monkeypatch.setattr(lejepa, "sigreg", lambda z_BP, key, num_directions: jnp.mean(z_BP**4))
+
+  def reference(z):
+    everything, centre = np.concatenate([z, local], axis=1), z.mean(axis=1)
+    distance = np.mean([(everything[:, v] - centre) ** 2 for v in range(5)])
+    gaussian = np.mean([np.mean(everything[:, v] ** 4) for v in range(5)])
+    return (1 - 0.1) * distance + 0.1 * gaussian
+
+  check(make(monkeypatch, lejepa, sigreg_weight=0.1), z, reference, local_BVP=local, rtol=1e-3)
+
+
+# --- Places of maps.
+
+
+def dense_maps(b=B, side=2, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(b, 2, side, side, P)).astype(np.float32)
+
+
+def maps_loss(method, maps, **options):
+  given = {"global": maps, "label": jnp.zeros(len(maps), jnp.int32), **options.pop("given", {})}
+  state = {"batch_stats": {}} | options.pop("state", {})
+  return method.loss({"encoder": {}}, state, given, jax.random.key(3), 0)
+
+
+def test_densecl(monkeypatch):
+  """densecl.py: whole and dense terms weighed 1 - lambda and lambda, with a queue of each.
+
+  The dense queue gets the pooled key map at unit length, pooled before any place is normalised:
+  the official neck pools, the model normalises what comes out.
+  """
+  maps, rng = dense_maps(), np.random.default_rng(1)
+  maps *= rng.uniform(0.2, 5, (B, 2, 2, 2, 1)).astype(np.float32)  # lengths that differ
+  queue = {n: unit(rng.normal(size=(2 * B, P))).astype(np.float32) for n in ("global", "dense")}
+  places = maps.reshape(B, 2, 4, P)
+
+  def reference(places):
+    whole = dense = 0.0
+    for i in range(B):
+      q, k = unit(places[i, 0, 0]), unit(fixed[i, 1, 0])
+      whole += cross_entropy64(np.array([q @ k, *(queue["global"] @ q)]) / 0.2, 0) / B
+      for n in range(4):
+        q, keys = unit(places[i, 0, n]), unit(fixed[i, 1])
+        k = keys[np.argmax(keys @ unit(fixed[i, 0, n]))]
+        dense += cross_entropy64(np.array([q @ k, *(queue["dense"] @ q)]) / 0.2, 0) / (4 * B)
+    return 0.7 * whole + 0.3 * dense
+
+  fixed = places.astype(np.float64)
+  method = make(monkeypatch, densecl, queue_size=2 * B, out_dim=P, dense_weight=0.3)
+  state = {"queue": {n: jnp.asarray(q) for n, q in queue.items()}, **target()}
+  value, aux = maps_loss(method, maps, state=state)
+  np.testing.assert_allclose(value, reference(fixed), rtol=1e-5)
+  gradient = jax.grad(lambda m: maps_loss(method, m, state=state)[0])(maps).reshape(B, 2, 4, P)
+  np.testing.assert_allclose(gradient, differences(reference, fixed), rtol=1e-3, atol=2e-5)
+  pooled = unit(fixed[:, 1].mean(axis=1))
+  after = aux.method_state["queue"]["dense"]
+  np.testing.assert_allclose(after, np.concatenate([pooled, queue["dense"][:B]]), rtol=1e-5)
+
+
+def test_vicregl(monkeypatch):
+  """main_vicregl.py, but for its division by a number of pairs that it does not sum over.
+
+  Of each direction the closest places, by features and by position; each place has statistics of
+  its own over the batch; variance and covariance both are means over the two branches.
+  """
+  maps = 0.6 * dense_maps()
+  rng = np.random.default_rng(2)
+  corner = rng.uniform(0, 0.5, (B, 2, 2))
+  side = rng.uniform(0.3, 0.5, (B, 2, 2))  # of different sizes, else distances would be equal
+  box = np.concatenate([corner, corner + side], axis=-1).astype(np.float32)
+  box[::2, 1] = box[::2, 1][:, [0, 3, 2, 1]]
+  num = 3
+
+  def criterion(x, y):
+    mse, hinges, squares = vicreg_terms64(x, y)
+    return 25 * mse + 25 * sum(hinges) / 2 + sum(squares) / 2
+
+  def centres(box):
+    top, left, bottom, right = box
+    rows = [top + (bottom - top) * (r + 0.5) / 2 for r in range(2)]
+    return np.array([(y, left + (right - left) * (c + 0.5) / 2) for y in rows for c in range(2)])
+
+  def matched(x, y, x_at, y_at):
+    """[B, num, P] of each, in the order of x's places: it decides which share statistics."""
+    out = []
+    for i in range(B):
+      far = np.sqrt(((x_at[i][:, None] - y_at[i][None]) ** 2).sum(-1))
+      order = np.sort(np.argsort(far.min(axis=1))[:num])
+      out.append((x[i][order], y[i][far.argmin(axis=1)[order]]))
+    return (np.stack(z) for z in zip(*out))
+
+  def reference(places):
+    x, y = places[:, 0], places[:, 1]
+    at = [[centres(box[i, v].astype(np.float64)) for i in range(B)] for v in range(2)]
+    local = 0.0
+    for a, b, a_at, b_at in ((x, y, *at), (y, x, *at[::-1])):
+      choices = ((fixed[:, 0], fixed[:, 1]) if a is x else (fixed[:, 1], fixed[:, 0]), (a_at, b_at))
+      for a_by, b_by in choices:
+        here, there = matched(a, b, a_by, b_by)
+        local += np.mean([criterion(here[:, n], there[:, n]) for n in range(num)]) / 2
+    return 0.75 * criterion(x[:, 0], y[:, 0]) + 0.25 * local
+
+  fixed = maps.reshape(B, 2, 4, P).astype(np.float64)
+  method = make(monkeypatch, vicregl, num_matches=num)
+  given = {"global_box": jnp.asarray(box)}
+  value, _ = maps_loss(method, maps, given=given)
+  np.testing.assert_allclose(value, reference(fixed), rtol=1e-5)
+  gradient = jax.grad(lambda m: maps_loss(method, m, given=given)[0])(maps)
+  expected = differences(reference, fixed).reshape(maps.shape)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+# --- Prototypes.
+
+
+def kernel(seed=5):
+  return unit(np.random.default_rng(seed).normal(size=(K, P))).astype(np.float32)
+
+
+def log_softmax64(x):
+  return np.log(softmax64(x))
+
+
+def sinkhorn64(scores, eps=0.05):
+  q = np.exp(scores.astype(np.float64) / eps)
+  for _ in range(3):
+    q = q / q.sum(axis=0)
+    q = q / q.sum(axis=1, keepdims=True)
+  return q
+
+
+@pytest.mark.parametrize("num_local", [0, 3])
+def test_swav_codes_come_from_two_crops_and_are_predicted_from_all_others(monkeypatch, num_local):
+  """main_swav.py: for each of crops_for_assign the sum over other crops / (crops - 1); the mean."""
+  z, local, proto = embeddings(2), embeddings(num_local, seed=1) if num_local else None, kernel()
+  codes = [sinkhorn64(unit(z[:, t]) @ proto.T) for t in range(2)]
+
+  def reference(z):
+    crops = z if local is None else np.concatenate([z, local], axis=1)
+    num, loss = crops.shape[1], 0.0
+    for t in range(2):
+      for v in range(num):
+        if v != t:
+          for i in range(B):
+            scores = proto @ unit(crops[i, v]) / 0.1
+            loss -= codes[t][i] @ log_softmax64(scores) / B / (num - 1) / 2
+    return loss
+
+  method = make(monkeypatch, swav, num_prototypes=K, out_dim=P, freeze_epochs=0.0)
+  options = {
+    "params": {"predictor": {"kernel": jnp.asarray(proto)}},
+    "state": {"queue": jnp.zeros((2, 0, P))},
+    "local_BVP": local,
+  }
+  check(method, z, reference, rtol=1e-3, atol=1e-4, **options)
+
+
+def test_swav_codes_from_the_queue(monkeypatch):
+  """Once it is in use, each crop's codes share the prototypes with that crop's queue."""
+  z, proto, rng = embeddings(2), kernel(), np.random.default_rng(4)
+  queue = unit(rng.normal(size=(2, 2 * B, P))).astype(np.float32)
+  options = {"num_prototypes": K, "out_dim": P, "queue_size": 2 * B, "queue_start": 1.0}
+  method = make(monkeypatch, swav, **options)
+  given = {
+    "params": {"predictor": {"kernel": jnp.asarray(proto)}},
+    "state": {"queue": jnp.asarray(queue)},
+  }
+  for step, rows in ((9, 0), (10, 2 * B)):  # an epoch has 10 steps
+    loss = 0.0
+    for t in range(2):
+      scores = np.concatenate([unit(z[:, t]) @ proto.T, queue[t, :rows] @ proto.T])
+      codes = sinkhorn64(scores)[:B]
+      for i in range(B):
+        loss -= codes[i] @ log_softmax64(proto @ unit(z[i, 1 - t]) / 0.1) / B / 2
+    value, aux = loss_of(method, z, step=step, **given)
+    np.testing.assert_allclose(value, loss, rtol=1e-4)
+  after = aux.method_state["queue"]
+  for t in range(2):
+    expected = np.concatenate([unit(z[:, t]), queue[t, :B]])
+    np.testing.assert_allclose(after[t], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_swav_prototypes_get_no_gradient_at_first(monkeypatch):
+  z, proto = embeddings(2), jnp.asarray(kernel())
+  method = make(monkeypatch, swav, num_prototypes=K, out_dim=P, freeze_epochs=1.0)
+
+  def loss(proto, step):
+    params = {"predictor": {"kernel": proto}}
+    return loss_of(method, z, params=params, state={"queue": jnp.zeros((2, 0, P))}, step=step)[0]
+
+  assert not np.any(jax.grad(loss)(proto, 9))
+  assert np.any(jax.grad(loss)(proto, 10))
+
+
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_dino(monkeypatch, num_local):
+  """DINOLoss.forward: the teacher with the centre of before this step; update_center after it."""
+  z, local, proto = embeddings(2), embeddings(num_local, seed=1) if num_local else None, kernel()
+  centre = np.random.default_rng(6).normal(size=K).astype(np.float32) / 10
+  outputs = np.array([[proto @ unit(z[i, t]) for t in range(2)] for i in range(B)])
+  step, warm = 150, 300  # half way from 0.04 to 0.07, 30 epochs of 10 steps
+
+  def reference(z):
+    student = z if local is None else np.concatenate([z, local], axis=1)
+    pairs = [(t, v) for t in range(2) for v in range(student.shape[1]) if v != t]
+    loss = 0.0
+    for t, v in pairs:
+      for i in range(B):
+        teacher = softmax64((outputs[i, t] - centre) / (0.04 + 0.03 * step / warm))
+        loss -= teacher @ log_softmax64(proto @ unit(student[i, v]) / 0.1) / B
+    return loss / len(pairs)
+
+  method = make(monkeypatch, dino, num_prototypes=K, out_dim=P)
+  params = {"predictor": {"kernel": jnp.asarray(3 * proto)}}  # weight norm: at length 1
+  options = {
+    "params": params,
+    "state": {"centre": jnp.asarray(centre), **target(params)},
+    "local_BVP": local,
+    "step": step,
+  }
+  check(method, z, reference, rtol=1e-3, atol=1e-4, **options)
+  _, aux = loss_of(method, z, **options)
+  mean = sum(outputs[i, t] for i in range(B) for t in range(2)) / (2 * B)
+  expected = 0.9 * centre + (1 - 0.9) * mean
+  np.testing.assert_allclose(aux.method_state["centre"], expected, rtol=1e-5, atol=1e-7)
+
+
+# --- Masked images.
+
+
+def test_mae_is_the_error_of_hidden_patches_only(monkeypatch):
+  """models_mae.py: squared error, mean over a patch, then over the masked patches of the batch."""
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(3, 1, 8, 8, 3)).astype(np.float32)
+  predicted = rng.normal(size=(3, 16, 12)).astype(np.float32)
+  seen = {}
+
+  class Fake(nn.Module):
+    num_visible: int
+
+    def __call__(self, images, train, order_BN):
+      seen["order"] = np.asarray(order_BN)
+      return images[:, 0, 0], jnp.asarray(predicted)
+
+  monkeypatch.setattr(mae, "check_vit", lambda name, encoder: 2)
+  monkeypatch.setattr(mae, "Network", lambda encoder, num_visible, *a: Fake(num_visible))
+  for standardise in (True, False):
+    spec = ViewSpec("global", count=1, size=8)
+    method = mae.make(encoder=Given(), views=(spec,), run=RUN, standardise=standardise)
+    given = {"global": images}
+    value, _ = method.loss({}, {"batch_stats": {}}, given, jax.random.key(0), 0)
+    errors = []
+    for b in range(3):
+      for n in seen["order"][b, 4:]:  # a quarter of 16 patches is visible
+        r, c = divmod(n, 4)
+        patch = images[b, 0, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].reshape(-1).astype(np.float64)
+        if standardise:
+          patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+        errors.append(np.mean((predicted[b, n] - patch) ** 2))
+    assert len(errors) == 3 * 12
+    np.testing.assert_allclose(value, np.mean(errors), rtol=1e-5)
+
+
+def test_ijepa_is_smooth_l1_to_normalised_features_of_the_target_blocks(monkeypatch):
+  rng, side = np.random.default_rng(0), 4
+  predicted = (2 * rng.normal(size=(3, 4, 16, 5))).astype(np.float32)  # 4 target blocks
+  wanted = rng.normal(size=(3, 16, 5)).astype(np.float32)
+  seen = {}
+
+  class Fake(nn.Module):
+    def __call__(self, images, train, hide_Bn, target_BMn):
+      seen["hide"], seen["target"] = np.asarray(hide_Bn), np.asarray(target_BMn)
+      return images[:, 0, 0], jnp.asarray(predicted)
+
+    def teach(self, images, train):
+      return images[:, 0, 0], jnp.asarray(wanted)
+
+  monkeypatch.setattr(ijepa, "check_vit", lambda name, encoder: 2)
+  monkeypatch.setattr(ijepa, "Network", lambda *a: Fake())
+  spec = ViewSpec("global", count=1, size=2 * side)
+  method = ijepa.make(encoder=Given(), views=(spec,), run=RUN)
+  given = {"global": rng.normal(size=(3, 1, 8, 8, 3)).astype(np.float32)}
+  state = {"batch_stats": {}, **target()}
+  value, _ = method.loss({}, state, given, jax.random.key(0), 0)
+  per_block = []
+  for b in range(3):
+    for m in range(4):
+      places = np.flatnonzero(seen["target"][b, m])
+      assert seen["hide"][b, places].all()  # the context never contains a target
+      difference = np.abs(predicted[b, m, places] - wanted[b, places]).astype(np.float64)
+      errors = [d**2 / 2 if d < 1 else d - 0.5 for d in difference.reshape(-1)]
+      per_block.append(np.mean(errors))
+  np.testing.assert_allclose(value, np.mean(per_block), rtol=1e-5)
+
+
+def test_smooth_l1_is_torchs_with_beta_1():
+  x = np.float32([-3, -1, -0.5, 0, 0.5, 1, 3, 1e4])
+  np.testing.assert_allclose(
+    ijepa.smooth_l1(x), [2.5, 0.5, 0.125, 0, 0.125, 0.5, 2.5, 1e4 - 0.5], rtol=1e-6
+  )
+  gradient = jax.vmap(jax.grad(ijepa.smooth_l1))(x)
+  np.testing.assert_allclose(gradient, np.clip(x, -1, 1), atol=1e-6)
+
+
+def test_ijepa_targets_are_layer_normalised_without_parameters():
+  x = np.random.default_rng(0).normal(2, 3, (2, 4, 6)).astype(np.float32)
+  x64 = x.astype(np.float64)
+  expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(ijepa.standardise(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ibot_adds_the_masked_patches_of_the_same_view(monkeypatch):
+  """main_ibot.py, iBOTLoss: class tokens across views, patches within one, over its masked ones."""
+  rng, n = np.random.default_rng(0), 16
+  shape = {"class": (B, 2, K), "patches": (B, 2, n, K)}
+  student, teacher = (
+    {k: rng.normal(size=s).astype(np.float32) for k, s in shape.items()} for _ in range(2)
+  )
+  centre = {k: (rng.normal(size=K) / 3).astype(np.float32) for k in shape}
+  seen = {}
+
+  class Fake(nn.Module):
+    def __call__(self, images, train, mask_BN=None):
+      if mask_BN is not None:
+        seen["mask"] = np.asarray(mask_BN)
+      scores = teacher if mask_BN is None else student
+      fold = lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:])  # noqa: E731
+      return images[:, 0, 0], images[:, 0, 0], fold(scores["class"]), fold(scores["patches"])
+
+  monkeypatch.setattr(ibot, "check_vit", lambda name, encoder: 2)
+  monkeypatch.setattr(ibot, "Network", lambda *a: Fake())
+  monkeypatch.setattr(ibot, "freeze", lambda params, name, when: params)
+  spec = ViewSpec("global", count=2, size=8)
+  method = ibot.make(encoder=Given(), views=(spec,), run=RUN, patch_weight=0.7)
+  given = {"global": rng.normal(size=(B, 2, 8, 8, 3)).astype(np.float32)}
+  state = {"batch_stats": {}, "centre": jax.tree.map(jnp.asarray, centre), **target()}
+  value, aux = method.loss({}, state, given, jax.random.key(1), 0)
+  mask = seen["mask"].reshape(B, 2, n)
+  assert 0 < mask.any(axis=2).mean() < 1  # some views are masked, others not
+  whole = patches = 0.0
+  for i in range(B):
+    for v in range(2):
+      wanted = softmax64((teacher["class"][i, v] - centre["class"]) / 0.04)
+      whole -= wanted @ log_softmax64(student["class"][i, 1 - v] / 0.1) / (2 * B)
+      errors = []
+      for place in np.flatnonzero(mask[i, v]):
+        wanted = softmax64((teacher["patches"][i, v, place] - centre["patches"]) / 0.04)
+        errors.append(-wanted @ log_softmax64(student["patches"][i, v, place] / 0.1))
+      patches += sum(errors) / max(len(errors), 1) / (2 * B)
+  np.testing.assert_allclose(value, whole + 0.7 * patches, rtol=1e-5)
+  for k, x in teacher.items():
+    mean = x.reshape(-1, K).mean(axis=0)
+    after = 0.9 * centre[k] + 0.1 * mean
+    np.testing.assert_allclose(aux.method_state["centre"][k], after, rtol=1e-4, atol=1e-6)
+
+
+# --- Pretext tasks and pieces.
+
+
+def test_far_permutations():
+  order = jigsaw.far_permutations(100)
+  assert order.shape == (100, 9)
+  np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(9), (100, 1)))
+  assert len({tuple(row) for row in order}) == 100
+
+  def mean_distance(rows):
+    return np.mean([np.sum(a != b) for i, a in enumerate(rows) for b in rows[:i]])
+
+  rng = np.random.default_rng(1)
+  random = np.stack([rng.permutation(9) for _ in range(100)])
+  assert mean_distance(random) < 8.1  # 8 expected
+  assert mean_distance(order) > 8.05 + mean_distance(random) - 8.0
+  # The first few are as far apart as can be: no tile at the same place twice.
+  assert all(np.all(a != b) for i, a in enumerate(order[:4]) for b in order[:i])
+  np.testing.assert_array_equal(jigsaw.far_permutations(20), order[:20])
+
+
+def test_fusion_pieces():
+  x = np.random.default_rng(0).normal(size=(2, 3, 2, 4)).astype(np.float32)
+  others = fusion.mean_of_others(x)
+  for v in range(3):
+    rest = [x[:, w] for w in range(3) if w != v]
+    np.testing.assert_allclose(others[:, v], sum(rest) / 2, rtol=1e-5, atol=1e-6)
+  z = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32) / 2
+  _, hinges, squares = vicreg_terms64(z.astype(np.float64), z.astype(np.float64))
+  # 25 times the mean over two branches is the official 25 * mean and 1 * sum.
+  np.testing.assert_allclose(25 * fusion.vicreg(z), 25 * hinges[0] + 2 * squares[0], rtol=1e-5)
+  z = np.stack([z, 2 * z], axis=1)[:, :, None]
+  value = fusion.constrain(z, "variance_covariance", 0.2, jax.random.key(0))
+  expected = (fusion.vicreg(z[:, 0, 0]) + fusion.vicreg(z[:, 1, 0])) / 2
+  np.testing.assert_allclose(value, [expected], rtol=1e-5)
+
+
+def test_nearest_is_the_row_of_largest_cosine():
+  rng = np.random.default_rng(0)
+  z, queue = (normalise(jnp.asarray(rng.normal(size=(n, 3)), jnp.float32)) for n in (5, 9))
+  got = nnclr.nearest(z, queue)
+  for i in range(5):
+    np.testing.assert_array_equal(got[i], queue[np.argmax([q @ z[i] for q in np.asarray(queue)])])
