@@ -17,6 +17,8 @@ OPTIONS = {
   "b1": 0.85,
   "b2": 0.98,
   "trust_coefficient": 0.01,
+  "clip_ratio": False,
+  "final_weight_decay": -1.0,
   "clip_norm": 0.0,
   "batch_size": 512,
   "steps_per_epoch": 10,
@@ -86,15 +88,100 @@ def adamw64(p, g, memory, learning_rate, step, decayed):
   return p - learning_rate * (m / (np.sqrt(v) + 1e-8) + 0.05 * p * decayed)
 
 
-@pytest.mark.parametrize(("name", "rule"), [("lars", lars64), ("sgd", sgd64), ("adamw", adamw64)])
+def larc64(p, g, memory, learning_rate, step, decayed):
+  """apex/parallel/LARC.py with clip=False, then torch.optim.SGD: the rate outside the momentum."""
+  if decayed:
+    ratio = 0.01 * np.sqrt((p**2).sum()) / np.sqrt(((g + 0.05 * p) ** 2).sum())
+    g = (g + 0.05 * p) * ratio
+  memory["m"] = 0.8 * memory["m"] + g
+  return p - learning_rate * memory["m"]
+
+
+@pytest.mark.parametrize(
+  ("name", "rule"), [("lars", lars64), ("larc", larc64), ("sgd", sgd64), ("adamw", adamw64)]
+)
 def test_update_rule_is_the_reference_with_norms_and_biases_left_alone(name, rule):
   params = updated(name=name)
   for key, expected in apply64(rule).items():
     np.testing.assert_allclose(params[key], expected, rtol=2e-5, atol=1e-6, err_msg=key)
 
 
-def test_lars_takes_the_plain_rate_where_a_norm_is_zero():
-  rule, _ = make_optimizer(**(OPTIONS | {"name": "lars", "warmup_epochs": 0.0}))
+@pytest.mark.parametrize("trust_coefficient", [0.01, 1.0])  # below the rate, and clipped
+def test_larc_clips_its_ratio_at_the_rate(trust_coefficient):
+  params = updated(name="larc", clip_ratio=True, trust_coefficient=trust_coefficient)
+
+  def rule(p, g, memory, learning_rate, step, decayed):
+    if decayed:
+      g = g + 0.05 * p
+      ratio = trust_coefficient * np.sqrt((p**2).sum()) / np.sqrt((g**2).sum())
+      g = g * (min(ratio / learning_rate, 1) if learning_rate else 1)
+    memory["m"] = 0.8 * memory["m"] + g
+    return p - learning_rate * memory["m"]
+
+  for key, expected in apply64(rule).items():
+    np.testing.assert_allclose(params[key], expected, rtol=2e-5, atol=1e-6, err_msg=key)
+  if trust_coefficient == 1.0:  # no faster than plain SGD with the same decay
+    for key, expected in apply64(sgd64).items():
+      np.testing.assert_allclose(params[key], expected, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_larc_differs_from_lars_by_the_rate_inside_the_momentum():
+  # The first step is the same, and later ones while the rate stays: not on a schedule.
+  larc, lars = updated(name="larc"), updated(name="lars")
+  assert np.abs(np.asarray(larc["dense"]) - np.asarray(lars["dense"])).max() > 1e-5
+  flat = {"warmup_epochs": 0.0, "final_fraction": 1.0}
+  larc, lars = updated(name="larc", **flat), updated(name="lars", **flat)
+  np.testing.assert_allclose(larc["dense"], lars["dense"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 3, 6, 12])
+def test_weight_decay_goes_from_one_value_to_the_other_as_half_a_cosine(step):
+  """DINO's cosine_scheduler(0.04, 0.4): by hand at the ends and in the middle."""
+  rule, schedule = make_optimizer(
+    **OPTIONS | {"name": "adamw", "weight_decay": 0.04, "final_weight_decay": 0.4}
+  )
+  params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+  still = jax.tree.map(jnp.zeros_like, params)  # what moves is the decay alone
+  state, update = rule.init(params), jax.jit(rule.update)
+  for _ in range(step + 1):
+    updates, state = update(still, state, params)
+  decay = 0.4 + (0.04 - 0.4) * (1 + np.cos(np.pi * step / 12)) / 2
+  assert step not in (0, 6, 12) or round(decay, 9) == {0: 0.04, 6: 0.22, 12: 0.4}[step]
+  expected = -float(schedule(step)) * decay * 3
+  np.testing.assert_allclose(updates["kernel"], np.full((2, 2), expected), rtol=1e-5, atol=1e-9)
+  np.testing.assert_array_equal(updates["bias"], np.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "larc"])
+def test_weight_decay_schedule_of_other_rules_is_refused(name):
+  with pytest.raises(ValueError, match=rf"for adamw only.*{name}"):
+    make_optimizer(**OPTIONS | {"name": name, "final_weight_decay": 0.4})
+
+
+def test_constant_lr_keeps_the_peak_for_the_named_path_and_no_other():
+  """SimSiam's predictor: fix_lr. A path is whole names from the top, not a prefix of one."""
+  rule, schedule = make_optimizer(
+    **OPTIONS | {"momentum": 0.0, "weight_decay": 0.0}, constant_lr=("predictor", "simsiam/head")
+  )
+  names = ("predictor", "predictor2", "encoder")
+  params = {name: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for name in names}
+  params["encoder"]["predictor"] = jnp.ones((2, 2))  # not at the top
+  params["simsiam"] = {"head": jnp.ones(2), "other": jnp.ones(2)}
+  gradients = jax.tree.map(jnp.ones_like, params)
+  state, update = rule.init(params), jax.jit(rule.update)
+  for step in range(8):
+    updates, state = update(gradients, state, params)
+    for path, u in jax.tree_util.tree_leaves_with_path(updates):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      constant = name in ("predictor/kernel", "predictor/bias", "simsiam/head")
+      rate = 0.4 if constant else learning_rate64(step)
+      np.testing.assert_allclose(u, np.full(u.shape, -rate), rtol=1e-5, atol=1e-9, err_msg=name)
+  np.testing.assert_allclose(schedule(7), learning_rate64(7), rtol=1e-6)  # what is reported
+
+
+@pytest.mark.parametrize("name", ["lars", "larc"])
+def test_layerwise_rates_take_the_plain_rate_where_a_norm_is_zero(name):
+  rule, _ = make_optimizer(**(OPTIONS | {"name": name, "warmup_epochs": 0.0}))
   params = {"zero": jnp.zeros((2, 2)), "still": jnp.ones((2, 2))}
   grads = {"zero": jnp.ones((2, 2)), "still": -0.05 * jnp.ones((2, 2))}  # what the decay adds
   updates, _ = rule.update(grads, rule.init(params), params)
@@ -156,7 +243,7 @@ def test_groups_are_described_with_their_sizes():
 
 
 def test_unknown_name_lists_the_known_ones():
-  with pytest.raises(ValueError, match=r"'adam'.*adamw, lars, sgd"):
+  with pytest.raises(ValueError, match=r"'adam'.*adamw, larc, lars, sgd"):
     make_optimizer(**OPTIONS | {"name": "adam"})
 
 

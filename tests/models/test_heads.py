@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssrl_jax.models.heads import MLP
+from ssrl_jax.method import Features
+from ssrl_jax.models.heads import MLP, JointEmbedding, Prototypes
 
 
 def init(model, shape):
@@ -97,3 +98,72 @@ def test_layers_below_one_are_refused():
   assert num_params(MLP(9, 3, layers=1, final_norm=False), 4) == 12
   with pytest.raises(ValueError, match="layers 0"):
     num_params(MLP(9, 3, layers=0), 4)
+
+
+@pytest.mark.parametrize("weight_norm", [True, False])
+def test_prototypes_are_products_with_unit_rows(weight_norm):
+  model = Prototypes(7, weight_norm=weight_norm)
+  rng = np.random.default_rng(0)
+  z, kernel = (rng.normal(size=(n, 4)).astype(np.float32) for n in (5, 7))
+  scores = model.apply({"params": {"kernel": kernel}}, z, True)
+  assert scores.dtype == jnp.float32
+  for i, j in np.ndindex(5, 7):
+    x, w = z[i].astype(np.float64), kernel[j].astype(np.float64)
+    expected = x @ w / np.sqrt(x @ x) / (np.sqrt(w @ w) if weight_norm else 1)
+    np.testing.assert_allclose(scores[i, j], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prototypes_start_at_unit_length_in_all_directions():
+  kernel = init(Prototypes(4000), (2, 3))["params"]["kernel"]
+  assert kernel.shape == (4000, 3)
+  np.testing.assert_allclose(np.linalg.norm(kernel, axis=1), 1, rtol=1e-5)
+  # Uniform on the sphere: each coordinate uniform in [-1, 1], of mean 0 and variance 1/3.
+  np.testing.assert_allclose(np.mean(kernel, axis=0), 0, atol=4 * (1 / 3 / 4000) ** 0.5)
+  np.testing.assert_allclose(np.asarray(kernel).T @ kernel / 4000, np.eye(3) / 3, atol=0.03)
+
+
+def test_gradient_with_weight_norm_turns_prototypes_and_keeps_their_length():
+  rng = np.random.default_rng(0)
+  z, kernel = (rng.normal(size=(n, 4)).astype(np.float32) for n in (5, 7))
+  model = Prototypes(7, weight_norm=True)
+  gradient = jax.grad(lambda k: jnp.sum(model.apply({"params": {"kernel": k}}, z, True) ** 3))(
+    kernel
+  )
+  assert np.any(gradient)
+  np.testing.assert_allclose(np.sum(gradient * kernel, axis=1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e4])
+def test_prototypes_and_their_gradient_stay_finite(scale):
+  z = np.float32(scale) * np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+  model = Prototypes(7, weight_norm=True)
+
+  def total(kernel, z):
+    return jnp.sum(model.apply({"params": {"kernel": kernel}}, z, True) ** 2)
+
+  for kernel in (np.ones((7, 4), np.float32), np.zeros((7, 4), np.float32)):
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(kernel, z)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(g)) for g in gradients)
+
+
+def test_joint_embedding_projects_what_a_target_needs_and_predicts_from_it():
+  class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+      return Features(nn.Dense(6)(images.reshape(images.shape[0], -1)), {})
+
+  images = np.random.default_rng(0).normal(size=(8, 2, 2, 3)).astype(np.float32)
+  head = {"norm": False, "final_norm": False}
+  model = JointEmbedding(Encoder(), MLP(5, 4, **head), MLP(5, 4, **head))
+  variables = model.init(jax.random.key(0), images, True)
+  assert set(variables["params"]) == {"encoder", "projector", "predictor"}
+  h, z, q = model.apply(variables, images, True)
+  assert (h.shape, z.shape, q.shape) == ((8, 6), (8, 4), (8, 4))
+  params = {k: v for k, v in variables["params"].items() if k != "predictor"}
+  target = model.apply({"params": params}, images, True, method="project")
+  np.testing.assert_array_equal(target[0], h)
+  np.testing.assert_array_equal(target[1], z)
+  plain = JointEmbedding(Encoder(), MLP(5, 4, **head))
+  _, z, q = plain.apply({"params": params}, images, True)
+  np.testing.assert_array_equal(q, z)
