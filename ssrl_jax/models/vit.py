@@ -156,7 +156,8 @@ class ViT(nn.Module):
     token_D = self.param("class_token", NORMAL, (self.dim,))
     if self.position == "learned":
       # One parameter too many, the token could carry it: kept so that timm's weights fit.
-      token_D += self.param("class_position", NORMAL, (self.dim,))
+      # Not +=, which would change a caller's NumPy parameters in place.
+      token_D = token_D + self.param("class_position", NORMAL, (self.dim,))
     prefix_ND = token_D[None]
     if self.registers:
       registers_ND = self.param("registers", NORMAL, (self.registers, self.dim))
