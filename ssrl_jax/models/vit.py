@@ -61,7 +61,8 @@ class ViT(nn.Module):
     keep_BK   int32 [B, K]: only these patches enter, in this order; there are no maps then.
     mask_BN   bool [B, N]: these patches are replaced by a learned mask token.
     hide_BN   bool [B, N]: nothing looks at these patches, as if they were left out, at full cost
-              but with as many for each example as it likes.
+              but with as many for each example as it likes. Their own tokens mean nothing; pooled
+              leaves them out.
   """
 
   dim: int
@@ -119,7 +120,14 @@ class ViT(nn.Module):
     norm = nn.LayerNorm(dtype=self.dtype, name="norm")
     last_BND = norm(outputs[-1]).astype(jnp.float32)
     patches_BND = last_BND[:, prefix_BND.shape[1] :]
-    pooled_BD = last_BND[:, 0] if self.pool == "class" else jnp.mean(patches_BND, axis=1)
+    if self.pool == "class":
+      pooled_BD = last_BND[:, 0]
+    elif hide_BN is None:
+      pooled_BD = jnp.mean(patches_BND, axis=1)
+    else:
+      seen_BN1 = ~hide_BN[:, prefix_BND.shape[1] :, None]
+      pooled_BD = jnp.sum(jnp.where(seen_BN1, patches_BND, 0), axis=1)
+      pooled_BD /= jnp.maximum(jnp.sum(seen_BN1, axis=1), 1)
     maps = {}
     if keep_BK is None:
       levels = [norm(outputs[-(-self.layers * k // 4) - 1]) for k in (1, 2, 3, 4)]
