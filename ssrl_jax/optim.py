@@ -143,7 +143,8 @@ def larc(
 
   ratio = trust_coefficient |p| / (|g + decay p| + 1e-8), or 1 where either length is 0 and for
   arrays that `decay_mask` leaves alone. With `clip_ratio` it is at most the learning rate's worth:
-  min(ratio / rate, 1), so that no layer moves faster than plain SGD (apex LARC, solo-learn).
+  min(ratio / rate, 1), so that no layer moves faster than plain SGD (apex LARC, solo-learn). Those
+  two divide by |g| + decay |p| instead, which differs by the decay's small share.
   """
 
   def init(params):
