@@ -89,7 +89,7 @@ def adamw64(p, g, memory, learning_rate, step, decayed):
 
 
 def larc64(p, g, memory, learning_rate, step, decayed):
-  """apex/parallel/LARC.py with clip=False, then torch.optim.SGD: the rate outside the momentum."""
+  """barlowtwins main.py, class LARS (BYOL's is the same): the rate outside the momentum."""
   if decayed:
     ratio = 0.01 * np.sqrt((p**2).sum()) / np.sqrt(((g + 0.05 * p) ** 2).sum())
     g = (g + 0.05 * p) * ratio

@@ -256,3 +256,117 @@ def test_shrink_is_the_mean_of_the_pixels_that_exist_and_undoes_enlarge():
   expected = [[3, 5, 6.5], [10.5, 12.5, 14]]
   np.testing.assert_allclose(shrink(jnp.asarray(x), 2)[0, :, :, 0], expected)
   np.testing.assert_array_equal(shrink(enlarge(jnp.asarray(x), 4), 4), x)
+
+
+# --- A part of the patches only.
+
+MASKED = [
+  pytest.param(ViT(**TINY, registers=2, pool="class"), id="learned-registers-class"),
+  pytest.param(ViT(**TINY, position="sincos", pool="mean"), id="sincos-mean"),
+]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def masked_setting(model):
+  """Pictures of 3 x 2 patches, variables, and a function of pictures and a choice of patches."""
+  images = np.random.default_rng(1).normal(size=(2, 12, 8, 3)).astype(np.float32)
+  shapes = jax.eval_shape(
+    lambda x: model.init(jax.random.key(0), x, False, mask_BN=jnp.zeros((2, 6), bool)), images
+  )
+  np_rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda p: np_rng.normal(0.1, 0.3, p.shape).astype(np.float32), shapes)
+  return images, jax.jit(lambda x, options: model.apply(variables, x, False, **options))
+
+
+def test_forward_does_not_change_a_callers_arrays():
+  model = ViT(**TINY, registers=2)
+  images = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  variables = random_variables(model, images.shape)
+  before = jax.tree.map(np.copy, (variables, images))
+  model.apply(variables, images, False)
+  jax.tree.map(np.testing.assert_array_equal, (variables, images), before)
+
+
+def other_pixels(images, n):
+  """The same pictures but for patch n."""
+  row, column = divmod(n, 2)
+  images = images.copy()
+  images[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3
+  return images
+
+
+@pytest.mark.parametrize("model", MASKED)
+def test_keeping_all_patches_is_the_plain_network_in_another_order(model):
+  images, apply_to = masked_setting(model)
+  order = np.array([[3, 0, 5, 1, 4, 2], [0, 1, 2, 3, 5, 4]])
+  plain, kept = apply_to(images, {}), apply_to(images, {"keep_BK": order})
+  assert kept.maps == {}
+  np.testing.assert_allclose(kept.pooled, plain.pooled, **CLOSE)
+  first = model.num_prefix
+  np.testing.assert_allclose(kept.tokens[:, :first], plain.tokens[:, :first], **CLOSE)
+  for b in range(2):
+    np.testing.assert_allclose(kept.tokens[b, first:], plain.tokens[b, first + order[b]], **CLOSE)
+
+
+@pytest.mark.parametrize("model", MASKED)
+def test_hiding_patches_is_keeping_the_rest(model):
+  images, apply_to = masked_setting(model)
+  keep = np.array([[0, 2, 3], [1, 4, 5]])
+  hide = np.ones((2, 6), bool)
+  np.put_along_axis(hide, keep, False, axis=1)
+  kept, hidden = apply_to(images, {"keep_BK": keep}), apply_to(images, {"hide_BN": hide})
+  first = model.num_prefix
+  for b in range(2):
+    visible = np.concatenate([np.arange(first), first + keep[b]])
+    np.testing.assert_allclose(hidden.tokens[b, visible], kept.tokens[b], **CLOSE)
+    np.testing.assert_array_equal(hidden.attention[b][:, :, first:][..., hide[b]], 0)
+  np.testing.assert_allclose(hidden.pooled, kept.pooled, **CLOSE)
+
+
+@pytest.mark.parametrize("model", MASKED)
+def test_nothing_depends_on_the_pixels_of_a_hidden_or_a_masked_patch(model):
+  images, apply_to = masked_setting(model)
+  changed, first = other_pixels(images, 2), model.num_prefix
+  chosen = np.zeros((2, 6), bool)
+  chosen[:, [2, 5]] = True
+  others = [n for n in range(first + 6) if n != first + 2]
+  for how in ("hide_BN", "mask_BN"):
+    before, after = (apply_to(x, {how: chosen}) for x in (images, changed))
+    np.testing.assert_array_equal(after.tokens[:, others], before.tokens[:, others], err_msg=how)
+    np.testing.assert_array_equal(after.pooled, before.pooled, err_msg=how)
+    # The hidden patch itself still has an output, which is its own affair; a masked one is blank.
+    same = np.array_equal(after.tokens[:, first + 2], before.tokens[:, first + 2])
+    assert same == (how == "mask_BN")
+    assert np.any(np.asarray(after.tokens) != apply_to(images, {}).tokens)
+
+
+@pytest.mark.parametrize("model", MASKED)
+def test_masking_puts_one_token_for_the_patch_and_keeps_its_position(model):
+  images, apply_to = masked_setting(model)
+  plain = apply_to(images, {})
+  nothing = apply_to(images, {"mask_BN": np.zeros((2, 6), bool)})
+  np.testing.assert_allclose(nothing.tokens, plain.tokens, **CLOSE)
+  # Everything masked: the picture does not matter, the positions still tell the tokens apart.
+  blank = apply_to(images, {"mask_BN": np.ones((2, 6), bool)})
+  np.testing.assert_array_equal(blank.tokens[0], blank.tokens[1])
+  patches = np.asarray(blank.tokens[0, model.num_prefix :])
+  assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(patches) for b in patches[:i])
+
+
+def test_hiding_every_patch_leaves_numbers():
+  for model in (param.values[0] for param in MASKED):
+    images, apply_to = masked_setting(model)
+    features = apply_to(images, {"hide_BN": np.ones((2, 6), bool)})
+    assert np.all(np.isfinite(features.pooled))
+    assert np.all(np.isfinite(features.tokens))
+
+
+def test_only_a_masked_network_has_a_mask_token():
+  model = ViT(**TINY)
+  images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+  hide = jnp.zeros((2, 4), bool)
+  for options, has in (({}, False), ({"hide_BN": hide}, False), ({"mask_BN": hide}, True)):
+    shapes = jax.eval_shape(
+      lambda x, o=options: model.init(jax.random.key(0), x, False, **o), images
+    )
+    assert ("mask_token" in shapes["params"]) == has
