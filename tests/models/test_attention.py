@@ -6,7 +6,7 @@ import pytest
 
 from ssrl_jax.method import Features
 from ssrl_jax.models import attention
-from ssrl_jax.models.attention import AttentionEncoder, cut_parts, most_attended, pool
+from ssrl_jax.models.attention import AttentionEncoder, cut_parts, largest, most_attended, pool
 
 
 class Backbone(nn.Module):
@@ -46,7 +46,7 @@ def level64(x, p, stats, s, heads):
 
   def mlp(v):
     v = v @ p[f"channel{s}_in"]["kernel"] + p[f"channel{s}_in"]["bias"]
-    return np.maximum(v, 0) @ p[f"channel{s}_out"]["kernel"] + p[f"channel{s}_out"]["bias"]
+    return np.largest(v, 0) @ p[f"channel{s}_out"]["kernel"] + p[f"channel{s}_out"]["bias"]
 
   def batch_norm(y, name):
     y = (y - stats[name]["mean"]) / np.sqrt(stats[name]["var"] + 1e-5)
@@ -58,7 +58,7 @@ def level64(x, p, stats, s, heads):
   for r, c in np.ndindex(h, w):
     gate[r, c] = np.tensordot(both[r : r + 7, c : c + 7], p[f"place{s}"]["kernel"], 3)
   x = x * sigmoid(batch_norm(gate, f"place{s}_norm"))
-  x = np.maximum(batch_norm(x @ p[f"project{s}"]["kernel"][0, 0], f"project{s}_norm"), 0)
+  x = np.largest(batch_norm(x @ p[f"project{s}"]["kernel"][0, 0], f"project{s}_norm"), 0)
   logits = (x @ p[f"query{s}"]["kernel"]).reshape(h * w, heads)
   weights = np.exp(logits - logits.max(axis=0))
   weights = (weights / weights.sum(axis=0)).reshape(h, w, heads)
@@ -144,6 +144,17 @@ def test_gradient_reaches_every_parameter():
     assert np.any(g), path
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_largest_is_the_maximum_with_its_gradient_at_the_first_largest(axis):
+  x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+  np.testing.assert_array_equal(largest(x, axis=axis), x.max(axis=axis))
+  gradient = jax.grad(lambda x: jnp.sum(2 * largest(x, axis=axis)))(x)
+  np.testing.assert_array_equal(gradient, 2.0 * (x == x.max(axis=axis, keepdims=True)))
+  gradient = jax.grad(lambda x: jnp.sum(largest(x, axis=axis)))(np.zeros((1, 2, 2), np.float32))
+  assert gradient.sum() == 2
+  assert gradient[0, 0, 0] == 1
+
+
 def test_pool_gives_each_head_its_own_channels():
   x = np.arange(8, dtype=np.float32).reshape(1, 1, 2, 4)  # places (0 1 2 3) and (4 5 6 7)
   weights = np.array([[[[1, 0.5], [0, 0.5]]]], np.float32)
@@ -202,6 +213,13 @@ def test_parts_are_where_the_attention_is():
   np.testing.assert_array_equal(parts[0, 1], images[0, :8, :8])
   np.testing.assert_array_equal(parts[1, 0], images[1, 8:, 24:])
   np.testing.assert_array_equal(parts[1, 1], images[1, :8, :8])
+
+
+def test_parts_are_where_the_attention_is_on_a_grid_of_another_shape():
+  images, attention_BHW = pictures(1, 16, 32), np.zeros((1, 8, 4), np.float32)  # places of 2 x 8
+  attention_BHW[0, 1:5, 2] = 1  # pixels 2 to 10, 16 to 24
+  part = cut_parts(images, attention_BHW, size=8, num=1)
+  np.testing.assert_array_equal(part[0, 0], images[0, 2:10, 16:24])
 
 
 @pytest.mark.parametrize("size", [1, 5, 7, 16])
