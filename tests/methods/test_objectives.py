@@ -639,7 +639,7 @@ def test_ibot_adds_the_masked_patches_of_the_same_view(monkeypatch):
         seen["mask"] = np.asarray(mask_BN)
       scores = teacher if mask_BN is None else student
       fold = lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:])  # noqa: E731
-      return images[:, 0, 0], images[:, 0, 0], fold(scores["class"]), fold(scores["patches"])
+      return images[:, 0, 0], fold(scores["class"]), fold(scores["patches"])
 
   monkeypatch.setattr(ibot, "check_vit", lambda name, encoder: 2)
   monkeypatch.setattr(ibot, "Network", lambda *a: Fake())
