@@ -1,4 +1,4 @@
-"""Contrastive losses in blocks of keys beside the plain form: memory and time of value and gradient.
+"""Contrastive losses in blocks of keys and in plain form: memory, time of value and gradient.
 
 python -m benchmarks.blocks [--batches=1024,4096,32768] [--block=1024] [--dim=128] [--name=blocks]
 
