@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from ssrl_jax.method import Array, normalise
 
 
-def health(embeddings_BP: Array, targets_BP: Array | None) -> dict[str, Array]:
+def health(
+  embeddings_BP: Array, targets_BP: Array | None, *, unit_variance: bool = False
+) -> dict[str, Array]:
   """Figures that show collapse long before the loss does.
 
   Returns:
     health/std: standard deviation of the unit-length embeddings over the batch, averaged over
       dimensions, times sqrt(P): 1 when they fill the sphere evenly, 0 when all are the same.
-    health/raw_std: the same of the embeddings as they are, without sqrt(P): root mean square over
-      dimensions of the standard deviation. VICReg and LeJEPA ask for 1; other losses for nothing.
+    health/raw_std: standard deviation of the embeddings as they are, root mean square over
+      dimensions; only for a loss that asks for 1 (`unit_variance`).
     health/cosine: mean |cosine| between different images: 1 when all are parallel.
     health/rank: effective dimensions as the participation ratio (sum e)^2 / sum e^2 of the
       covariance's eigenvalues e, in [1, P], or 0 when nothing varies; it needs one matrix product,
@@ -37,11 +39,13 @@ def health(embeddings_BP: Array, targets_BP: Array | None) -> dict[str, Array]:
   n = few_BP.shape[0]
   cov = centred_BP.T @ centred_BP / b if p <= b else centred_BP @ centred_BP.T / b
   figures = {
-    "health/raw_std": jnp.sqrt(jnp.mean(jnp.var(embeddings_BP.astype(jnp.float32), axis=0))),
     "health/std": jnp.mean(jnp.sqrt(var_P)) * math.sqrt(p),
     "health/cosine": (jnp.sum(cosine_BB) - jnp.trace(cosine_BB)) / max(n * (n - 1), 1),
     "health/rank": jnp.trace(cov) ** 2 / (jnp.sum(cov**2) + 1e-12),
   }
+  if unit_variance:
+    raw_BP = embeddings_BP.astype(jnp.float32)
+    figures["health/raw_std"] = jnp.sqrt(jnp.mean(jnp.var(raw_BP, axis=0)))
   if targets_BP is not None:
     cosine_B = jnp.sum(z_BP * normalise(targets_BP), axis=-1)
     figures["health/target_distance"] = jnp.mean(2 - 2 * cosine_B)
@@ -67,16 +71,14 @@ def global_norm(tree: Any) -> Array:
   return jnp.sqrt(sum(sum_squares(x) for x in jax.tree.leaves(tree)))
 
 
-def collapse(
-  figures: dict[str, float], num_dimensions: int, *, unit_variance: bool = False
-) -> str | None:
+def collapse(figures: dict[str, float], num_dimensions: int) -> str | None:
   """The name of the collapse that the health figures show, or None.
 
-  complete: every image has the same embedding, or its opposite, or, where the loss asks for
-  embeddings of variance 1 (`unit_variance`), they have shrunk to a point. dimensional: fewer than 2
-  effective dimensions of 8 or more carry anything.
+  complete: every image has the same embedding, or its opposite, or, where the loss asks for variance
+  1, they have shrunk to a point. dimensional: fewer than 2 effective dimensions of 8 or more carry
+  anything.
   """
-  if unit_variance and figures["health/raw_std"] < 0.1:
+  if figures.get("health/raw_std", 1.0) < 0.1:
     return (
       "complete collapse: the embeddings have shrunk to a point (their standard deviation is "
       f"{figures['health/raw_std']:.3f}, where the loss asks for 1)"

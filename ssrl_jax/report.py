@@ -215,6 +215,9 @@ def _health(metrics: list[dict[str, Any]], embedding_size: int | None) -> str:
     charts.curves(metrics, "Mean |cosine| (1: all parallel)", {"health/cosine": ""}, **floor),
     charts.curves(metrics, f"Effective dimensions{size}", {"health/rank": ""}, **floor),
     charts.curves(
+      metrics, "Standard deviation (the loss asks for 1)", {"health/raw_std": ""}, **floor
+    ),
+    charts.curves(
       metrics, "Distance to target, 2 - 2 cos", {"health/target_distance": ""}, **floor
     ),
     charts.curves(metrics, "Norm of the gradient", {"health/grad_norm": ""}, log=True),

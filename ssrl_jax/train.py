@@ -79,7 +79,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
       "loss": loss,
       **{f"loss/{name}": value for name, value in aux.metrics.items()},
       **probe_metrics,
-      **health(aux.embeddings, aux.targets),
+      **health(aux.embeddings, aux.targets, unit_variance=method.unit_variance),
       "health/grad_norm": global_norm(grads),
       "health/update_norm": global_norm(updates),
       "learning_rate": jnp.asarray(experiment.schedule(state.step), jnp.float32),
@@ -179,7 +179,6 @@ class Guard:
     self._names = watched_names(experiment)
     self._workdir, self._num_dimensions = workdir, num_dimensions
     self._quiet_until = max(50, experiment.total_steps // 10)
-    self._unit_variance = experiment.method.unit_variance
     self._collapsed = 0
 
   def check_finite(self, step: int, metrics: dict[str, float], ids: np.ndarray) -> None:
@@ -196,8 +195,7 @@ class Guard:
     )
 
   def check_collapse(self, step: int, metrics: dict[str, float]) -> None:
-    options = {"unit_variance": self._unit_variance}
-    name = collapse(metrics, self._num_dimensions, **options) if step >= self._quiet_until else None
+    name = collapse(metrics, self._num_dimensions) if step >= self._quiet_until else None
     self._collapsed = self._collapsed + 1 if name else 0
     if self._collapsed == self.PATIENCE:
       logging.warning("step %d: %s", step, name)

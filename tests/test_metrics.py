@@ -9,11 +9,12 @@ import pytest
 from ssrl_jax import metrics
 from ssrl_jax.metrics import Writer, collapse, read_metrics
 
-health = jax.jit(metrics.health)
+health = jax.jit(metrics.health, static_argnames="unit_variance")
 first_non_finite = jax.jit(metrics.first_non_finite)
 
 
 def health64(z, targets):
+  raw_std = np.sqrt(np.mean([np.mean((z[:, j] - z[:, j].mean()) ** 2) for j in range(z.shape[1])]))
   z = z / np.linalg.norm(z, axis=1, keepdims=True)
   targets = targets / np.linalg.norm(targets, axis=1, keepdims=True)
   b, p = z.shape
@@ -21,6 +22,7 @@ def health64(z, targets):
   cosines = [abs(z[i] @ z[j]) for i in range(b) for j in range(b) if i != j]
   eigenvalues = np.linalg.eigvalsh(np.cov(z.T, bias=True))
   return {
+    "health/raw_std": raw_std,
     "health/std": np.mean(deviations) * np.sqrt(p),
     "health/cosine": np.mean(cosines),
     "health/rank": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
@@ -35,7 +37,8 @@ def sphere(b=512, p=128, seed=0):
 @pytest.mark.parametrize(("b", "p"), [(9, 5), (5, 9)])
 def test_health_is_what_it_says(b, p):
   z, targets = 3 * sphere(b, p) + 1, sphere(b, p, seed=1)
-  figures, expected = health(z, targets), health64(z.astype(float), targets.astype(float))
+  figures = health(z, targets, unit_variance=True)
+  expected = health64(z.astype(float), targets.astype(float))
   assert figures.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(figures[name], value, rtol=1e-4, err_msg=name)
@@ -87,6 +90,16 @@ def planted(name):
 def test_collapse_names_what_was_planted(name, expected):
   found = collapse({k: float(v) for k, v in health(planted(name), None).items()}, 128)
   assert found is None if expected is None else found.startswith(expected)
+
+
+def test_collapse_to_a_point_matters_where_the_loss_asks_for_unit_variance():
+  def found(scale, unit_variance):
+    figures = health(scale * sphere(), None, unit_variance=unit_variance)
+    return collapse({k: float(v) for k, v in figures.items()}, 128)
+
+  assert found(0.05, False) is None
+  assert found(0.05, True).startswith("complete collapse")
+  assert found(0.2, True) is None
 
 
 def test_collapse_of_few_dimensions_is_not_asked_for_a_rank():

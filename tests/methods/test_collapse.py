@@ -66,7 +66,7 @@ def named_collapse(method, steps, changes):
     state, metrics, watched = step(state, batch)
   dimensions = watched["3_embeddings"].shape[-1]
   figures = {name: float(value) for name, value in metrics.items()}
-  return collapse(figures, dimensions, unit_variance=experiment.method.unit_variance)
+  return collapse(figures, dimensions)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def level64(x, p, stats, s, heads):
 
   def mlp(v):
     v = v @ p[f"channel{s}_in"]["kernel"] + p[f"channel{s}_in"]["bias"]
-    return np.largest(v, 0) @ p[f"channel{s}_out"]["kernel"] + p[f"channel{s}_out"]["bias"]
+    return np.maximum(v, 0) @ p[f"channel{s}_out"]["kernel"] + p[f"channel{s}_out"]["bias"]
 
   def batch_norm(y, name):
     y = (y - stats[name]["mean"]) / np.sqrt(stats[name]["var"] + 1e-5)
@@ -58,7 +58,7 @@ def level64(x, p, stats, s, heads):
   for r, c in np.ndindex(h, w):
     gate[r, c] = np.tensordot(both[r : r + 7, c : c + 7], p[f"place{s}"]["kernel"], 3)
   x = x * sigmoid(batch_norm(gate, f"place{s}_norm"))
-  x = np.largest(batch_norm(x @ p[f"project{s}"]["kernel"][0, 0], f"project{s}_norm"), 0)
+  x = np.maximum(batch_norm(x @ p[f"project{s}"]["kernel"][0, 0], f"project{s}_norm"), 0)
   logits = (x @ p[f"query{s}"]["kernel"]).reshape(h * w, heads)
   weights = np.exp(logits - logits.max(axis=0))
   weights = (weights / weights.sum(axis=0)).reshape(h, w, heads)

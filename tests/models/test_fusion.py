@@ -242,6 +242,7 @@ def test_every_encoder_builds_abstractly(name, enabled):
       "coarsen": 0,
       "conv": "none",
     },
+    attention={"enabled": enabled, "width": 16, "levels": 2},
   )
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   features, variables = jax.eval_shape(
@@ -249,10 +250,11 @@ def test_every_encoder_builds_abstractly(name, enabled):
   )
   assert features.pooled.dtype == jnp.float32
   assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-  assert len(features.maps) == (3 if name == "resnet8" else 4)
+  few = {"resnet6": 2, "resnet8": 3}
+  assert len(features.maps) == (2 if enabled else few.get(name, 4))
   for stride, x in features.maps.items():
     assert x.shape[:3] == (2, 32 // stride, 32 // stride)
-  assert (features.fused is not None) == enabled
+  assert (features.scales is not None) == enabled
 
 
 def test_make_encoder_names_what_is_wrong():
@@ -262,6 +264,7 @@ def test_make_encoder_names_what_is_wrong():
     "resnet": {},
     "vit": {},
     "fusion": {"enabled": False},
+    "attention": {"enabled": False},
   }
   with pytest.raises(ValueError, match=r"no encoder 'resnet19'; nearest: 'resnet1[08]'"):
     make_encoder(**good | {"name": "resnet19"})
@@ -271,3 +274,5 @@ def test_make_encoder_names_what_is_wrong():
     make_encoder(**good | {"resnet": {"widht": 8}})
   with pytest.raises(TypeError, match="widht"):
     make_encoder(**good | {"fusion": {"enabled": False, "widht": 8}})
+  with pytest.raises(TypeError, match="widht"):
+    make_encoder(**good | {"attention": {"enabled": False, "widht": 8}})
