@@ -74,9 +74,9 @@ def global_norm(tree: Any) -> Array:
 def collapse(figures: dict[str, float], num_dimensions: int) -> str | None:
   """The name of the collapse that the health figures show, or None.
 
-  complete: every image has the same embedding, or its opposite, or, where the loss asks for variance
-  1, they have shrunk to a point. dimensional: fewer than 2 effective dimensions of 8 or more carry
-  anything.
+  complete: every image has the same embedding, or its opposite, or, where the loss asks for a
+  variance of 1, they have shrunk to a point. dimensional: fewer than 2 effective dimensions of 8 or
+  more carry anything.
   """
   if figures.get("health/raw_std", 1.0) < 0.1:
     return (

@@ -215,14 +215,15 @@ def _health(metrics: list[dict[str, Any]], embedding_size: int | None) -> str:
     charts.curves(metrics, "Mean |cosine| (1: all parallel)", {"health/cosine": ""}, **floor),
     charts.curves(metrics, f"Effective dimensions{size}", {"health/rank": ""}, **floor),
     charts.curves(
-      metrics, "Standard deviation (the loss asks for 1)", {"health/raw_std": ""}, **floor
-    ),
-    charts.curves(
       metrics, "Distance to target, 2 - 2 cos", {"health/target_distance": ""}, **floor
     ),
     charts.curves(metrics, "Norm of the gradient", {"health/grad_norm": ""}, log=True),
     charts.curves(metrics, "Norm of the update", {"health/update_norm": ""}, log=True),
   ]
+  raw = {"health/raw_std": ""}
+  if any(key in r for key in raw for r in metrics):
+    title = "Standard deviation (the loss asks for 1)"
+    drawn.append(charts.curves(metrics, title, raw, **floor))
   meaning = (
     "Complete collapse gives every picture the same embedding: spread near 0, |cosine| near 1. "
     "Dimensional collapse keeps pictures apart in a few directions only: few effective dimensions, "
