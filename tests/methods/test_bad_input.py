@@ -1,0 +1,98 @@
+"""What a method cannot use is refused when the run is built, with the fix."""
+
+import pytest
+
+from configs import smoke
+from ssrl_jax.config import change, view_group
+from ssrl_jax.experiment import abstract_state, build
+from ssrl_jax.methods import METHODS
+
+WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "dino", "ibot"}
+QUEUES = ("moco_v2", "nnclr", "densecl", "finegrained", "swav")
+
+
+def make(method, changes, *, num_classes=10):
+  c = smoke.get_config(method)
+  c.mesh.devices = 1
+  change(c, changes)
+  return build(c, num_examples=128, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", METHODS.keys() - WITH_LOCAL_VIEWS)
+def test_local_views_are_refused_where_nothing_looks_at_them(name):
+  with pytest.raises(ValueError, match=r"takes .*no others, but views are: .* 2 local"):
+    make(name, {"local_views": view_group(count=2, size=16)})
+
+
+@pytest.mark.parametrize("name", sorted(WITH_LOCAL_VIEWS))
+def test_local_views_are_taken_where_something_does(name):
+  assert len(make(name, {"local_views": view_group(count=2, size=16)}).method.views) == 2
+
+
+@pytest.mark.parametrize("name", QUEUES)
+@pytest.mark.parametrize(("size", "nearest"), [(8, 16), (40, "(32|48)")])
+def test_queue_must_be_a_multiple_of_the_batch(name, size, nearest):
+  expected = rf"{name}: queue_size {size} is not a multiple of batch_size 16; nearest: {nearest}"
+  with pytest.raises(ValueError, match=expected):
+    make(name, {"method.queue_size": size})
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.25])
+def test_mask_ratio_is_a_fraction(ratio):
+  with pytest.raises(ValueError, match=rf"mae: mask_ratio is {ratio}; it must be above 0"):
+    make("mae", {"method.mask_ratio": ratio})
+  with pytest.raises(ValueError, match=r"ibot: mask_ratio high is .*; it must be above 0"):
+    make("ibot", {"method.mask_ratio": (0.1, ratio)})
+
+
+@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot"])
+def test_masked_methods_need_a_vit(name):
+  with pytest.raises(ValueError, match=rf"{name} hides patches .* encoder is a ResNet; set enc"):
+    make(name, {"encoder.name": "resnet8"})
+  with pytest.raises(ValueError, match=rf"{name} .* FusionEncoder"):
+    make(name, {"encoder.fusion.enabled": True})
+
+
+@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot"])
+def test_image_must_be_whole_patches(name):
+  with pytest.raises(ValueError, match=r"30 is not divisible by patch 4; nearest: 28 or 32"):
+    abstract_state(make(name, {"global_views.size": 30}))
+
+
+@pytest.mark.parametrize("name", ["supcon", "supervised"])
+def test_upper_controls_need_labels(name):
+  with pytest.raises(ValueError, match=rf"{name} learns from labels, and the training data have"):
+    make(name, {}, num_classes=None)
+
+
+def test_finegrained_needs_attention():
+  with pytest.raises(ValueError, match=r"finegrained needs .* set encoder.attention.enabled"):
+    make("finegrained", {"encoder.attention.enabled": False})
+
+
+def test_option_of_another_method_is_refused_with_the_nearest():
+  with pytest.raises(ValueError, match=r"unknown config key 'method.tau'"):
+    make("simclr", {"method.tau": 0.9})
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    ("w_mse", {"method.slice_size": 6}, "slice_size is 6; it must exceed out_dim 8"),
+    ("jigsaw", {"method.gap": 1.0}, "gap is 1.0; expected 0 <= gap < 1"),
+    ("jigsaw", {"method.num_permutations": 1}, "num_permutations is 1; expected 2 to"),
+    ("lejepa", {"method.sigreg_weight": 2.0}, "sigreg_weight is 2.0; expected 0 to 1"),
+    ("dino", {"method.centring": "center"}, "centring 'center'; expected one of"),
+    ("simclr", {"method.temperature": 0.0}, "temperature is 0.0; it must be positive"),
+    ("byol", {"method.tau": 1.5}, "tau is 1.5; it must be above 0 and below 1"),
+    ("vicregl", {"method.num_matches": 0}, "num_matches is 0; expected at least 1"),
+    ("hybrid", {"method.terms": ("simclr",), "method.weights": (1.0,)}, "two or more different"),
+    ("hybrid", {"method.terms": ("simclr", "vicrg")}, "did you mean 'vicreg'"),
+    ("hybrid", {"method.weights": (1.0, -1.0)}, "they must be positive"),
+    ("hybrid", {"method.options": {"simclr": {"temprature": 1.0}}}, "did you mean 'temperature'"),
+    ("hybrid", {"method.options": {"byol": {}}}, "unknown term 'byol'"),
+  ],
+)
+def test_bad_option_is_named_with_what_was_expected(name, changes, message):
+  with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+    make(name, changes)
