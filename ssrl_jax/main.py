@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ssrl_jax import parallel
+from ssrl_jax.config import flatten, nearest
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
@@ -107,11 +108,31 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
     return 1
 
 
+def unknown_key(argv: list[str]) -> str | None:
+  """The message for the first --config.KEY of the command line that the recipe does not have."""
+  alone, without = flags.FlagValues(), argv[:1] + [a for a in argv if a.startswith("--config=")]
+  recipe = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=without)
+  alone(without)
+  if recipe.value is None:
+    return None
+  given = [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
+  known = flatten(recipe.value)
+  for key in given:
+    group = key.rpartition(".")[0]
+    if key not in known and not any(k.startswith(f"{key}.") for k in known):
+      beside = [k for k in known if k.rpartition(".")[0] == group] or list(known)
+      return nearest(key, beside, "config key")
+  return None
+
+
 def cli(argv: list[str]) -> int:
   logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
 
   def program() -> int:
-    flags.FLAGS(argv)
+    try:
+      flags.FLAGS(argv)
+    except AttributeError as error:
+      raise ValueError(unknown_key(argv) or str(error)) from error
     if CONFIG.value is None:
       raise ValueError("--config=configs/NAME.py is missing; see README.md for the recipes")
     return run(argv)

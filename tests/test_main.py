@@ -181,7 +181,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ([SMOKE, "--config.optim.learning_rte=1"], "learning_rate"),
+    ([SMOKE, "--config.optim.learning_rte=1"], "did you mean 'optim.learning_rate'"),
+    ([SMOKE + ":simclr", "--config.method.tau=0.9"], "unknown config key 'method.tau'; "),
+    ([SMOKE + ":moco_v2", "--config.method.queue_size=40"], "multiple of batch_size 16"),
     ([SMOKE, "--config.batch_size=many"], "many"),
     ([SMOKE + ":simclear"], "did you mean 'simclr'"),
     ([SMOKE, "--config.method.name=byl"], "unknown method"),
