@@ -1,7 +1,4 @@
-"""What every method must do. A new method is tested by its line in METHODS; its options, in CASES.
-
-Tiny everywhere: ResNet-6 of width 4, 16 pixels, 8 images, so that 8 devices hold one image each.
-"""
+"""What every method must do with its loss, state and encoder."""
 
 from functools import partial
 from typing import NamedTuple
@@ -12,141 +9,28 @@ import numpy as np
 import optax
 import pytest
 
-from configs import smoke
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.config import view_group
-from ssrl_jax.experiment import abstract_state, build, init_state
+from ssrl_jax.experiment import abstract_state
 from ssrl_jax.method import Method
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import TrainState, named_leaves, state_digest
-from ssrl_jax.train import abstract_views, make_train_step
-
-LOCAL = {"local_views": view_group(count=2, size=8)}
-VIT = {"encoder.name": "vit_pico", "encoder.vit.patch": 4, "encoder.vit.position": "sincos"}
-PLAIN = {"encoder.fusion.enabled": False}
-# id -> method, overrides of the config. Together they meet every branch of every method.
-CASES = {name: (name, {}) for name in METHODS} | {
-  "simclr block": ("simclr", {"method.block": 3}),
-  "byol local": ("byol", LOCAL),
-  "lejepa local": ("lejepa", LOCAL),
-  "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
-  "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
-  "moco_v3 vit": ("moco_v3", VIT),
-  "hybrid byol mae": (
-    "hybrid",
-    {
-      **VIT,
-      "method.terms": ("byol", "mae"),
-      "method.options": {
-        "byol": {"hidden_dim": 12, "out_dim": 6},
-        "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-      },
-    },
-  ),
-  "fusion momentum variance_covariance plain-encoder": (
-    "fusion",
-    {
-      "method.target": "momentum",
-      "method.constraint": "variance_covariance",
-      "encoder.fusion.enabled": False,
-    },
-  ),
-  "fusion views sigreg plain-encoder local": (
-    "fusion",
-    {"method.constraint": "sigreg", "encoder.fusion.enabled": False, **LOCAL},
-  ),
-  "fusion momentum none local": (
-    "fusion",
-    {"method.target": "momentum", "method.constraint": "none", **LOCAL},
-  ),
-}
-# Crop and flip only: the views have tests of their own, and their colours compile slowly.
-PLAIN_VIEWS = {f"global_views.{name}": 0.0 for name in ("jitter", "greyscale")}
-SLOW = {"fusion momentum none local"}
-# What the loss reads as data. A queue of the same batch again and again would raise the loss.
-DATA = ("queue", "centre")
-READS_LABELS = {"supcon", "supervised"}
-# How much a target keeps, where it is not BYOL's cosine: step / total steps, base -> tau.
-TAU = {
-  "ijepa": lambda share, base: base + (1 - base) * share,
-  **dict.fromkeys(("moco_v2", "densecl", "finegrained"), lambda share, base: base),
-}
-# Options that make a method small, where it has them.
-TINY = {
-  "hidden_dim": 12,
-  "out_dim": 6,
-  "maps_dim": 6,
-  "tile_dim": 6,
-  "predictor_dim": 16,
-  "predictor_depth": 1,
-  "predictor_heads": 2,
-  "decoder_dim": 16,
-  "decoder_depth": 1,
-  "decoder_heads": 2,
-  "num_prototypes": 12,
-  "num_directions": 16,
-  "num_matches": 3,
-  "num_permutations": 5,
-  "freeze_epochs": 0.0,
-  "queue_size": 16,
-  "slice_size": 8,
-}
-TINY_OPTIONS = {name: {"hidden_dim": 12, "out_dim": 6} for name in ("simclr", "vicreg")}
-BATCH = 8
-# The compiler's effort, not the result: a third of the time on a CPU.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def make_config(method, overrides):
-  c = smoke.get_config(method)
-  c.update({"batch_size": BATCH, "steps": 20})
-  c.data.canvas = c.evaluate.size = 16
-  c.global_views.update({"size": 16})
-  c.encoder.resnet.update({"width": 4, "zero_init": False})  # else many gradients start at zero
-  c.encoder.fusion.width = 6
-  c.encoder.attention.update({"width": 8, "levels": 2})
-  c.encoder.name = {"resnet8": "resnet6", "vit_nano": "vit_pico"}[c.encoder.name]
-  c.method.update({k: v for k, v in TINY.items() if k in c.method})
-  if method == "w_mse":
-    c.method.eps = 0.1  # 8 examples in 6 dimensions: nearly singular without
-  if method == "hybrid":
-    c.method.options = TINY_OPTIONS
-  c.mesh.devices = 1
-  for key, value in overrides.items():
-    *groups, last = key.split(".")
-    group = c
-    for name in groups:
-      group = group[name]
-    group[last] = value
-  return c
-
-
-def make_experiment(method, overrides):
-  return build(make_config(method, overrides), num_examples=128, num_classes=10)
-
-
-def make_state(experiment) -> TrainState:
-  init = jax.jit(lambda key: init_state(experiment, key), compiler_options=FAST)
-  return init(jax.random.key(0))
-
-
-def make_views(experiment):
-  """Noise pictures; the views of one differ by less than two pictures do."""
-  rng, views = np.random.default_rng(0), {}
-  for name, shape in abstract_views(experiment).items():
-    if name == "label":
-      views[name] = rng.integers(0, 3, shape.shape).astype(np.int32)
-      continue
-    if name.endswith("_box"):  # quarters of the picture, one in four of them mirrored
-      corner = np.random.default_rng(1).integers(0, 2, (*shape.shape[:2], 2)) / 2
-      box = np.concatenate([corner, corner + 0.5], axis=-1).astype(np.float32)
-      box[::4] = box[::4][..., [0, 3, 2, 1]]
-      views[name] = box
-      continue
-    pictures = rng.normal(size=(shape.shape[0], 1, *shape.shape[2:]))
-    views[name] = (pictures + 0.5 * rng.normal(size=shape.shape)).astype(np.float32)
-  return views
+from ssrl_jax.train import abstract_views
+from tests.methods.common import (
+  BATCH,
+  CASES,
+  DATA,
+  FAST,
+  LOCAL,
+  SLOW,
+  TAU,
+  assert_close,
+  assert_equal,
+  make_experiment,
+  make_state,
+  make_views,
+)
 
 
 def loss_and_gradients(method, *, num_devices):
@@ -208,19 +92,6 @@ def case(request) -> Case:
   return Case(
     name, tau, method, state, inputs, output, compiled(*inputs), losses, (params, method_state)
   )
-
-
-def assert_close(got, expected, *, scale=0.0):
-  """Arrays of both trees agree to 1e-4 of the array's own norm, or 1e-6 of `scale`."""
-  for (name, x), (_, y) in zip(named_leaves(got), named_leaves(expected), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    error, norm = np.linalg.norm(x - y), np.linalg.norm(y)
-    assert error <= 1e-4 * norm + 1e-6 * scale, (name, error, norm)
-
-
-def assert_equal(got, expected):
-  for (name, x), (_, y) in zip(named_leaves(got), named_leaves(expected), strict=True):
-    np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -356,63 +227,6 @@ def test_state_survives_a_checkpoint_byte_for_byte(case, tmp_path):
   )
   assert state_digest(checkpoints.restore(shapes)) == state_digest(state)
   checkpoints.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_compiled_and_plain_loss_agree(name):
-  experiment = make_experiment(*CASES[name])
-  state, views = make_state(experiment), make_views(experiment)
-  arguments = state.params, state.method_state, views, jax.random.key(7), state.step
-  compiled = jax.jit(experiment.method.loss, compiler_options=FAST)(*arguments)
-  with jax.disable_jit():
-    plain = experiment.method.loss(*arguments)
-  assert_close(plain, compiled, scale=1.0)
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def stepped(request):
-  """Two whole train steps in bfloat16, with these labels and this added to the probe's weights."""
-  experiment = make_experiment(request.param, {"encoder.dtype": "bfloat16", **PLAIN_VIEWS})
-  step = jax.jit(make_train_step(experiment), compiler_options=FAST)
-  start, rng = make_state(experiment), np.random.default_rng(0)
-  batch = {
-    "image": rng.integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8),
-    "extent": np.full((BATCH, 2), 16, np.int32),
-    "id": np.stack([np.arange(BATCH), np.zeros(BATCH)], axis=1).astype(np.uint32),
-    "substituted": np.zeros(BATCH, np.bool_),
-  }
-
-  def run(labels, weights):
-    probe = start.probe._replace(params=jax.tree.map(lambda x: x + weights, start.probe.params))
-    state = start._replace(probe=probe)
-    for _ in range(2):
-      state, metrics, watched = step(state, batch | {"label": labels})
-    return state, metrics, watched
-
-  labels = np.arange(BATCH, dtype=np.int32) // 2
-  return (
-    request.param,
-    run(labels, 0.0),
-    run(np.arange(BATCH, dtype=np.int32) % 4 - 1, np.float32(5)),
-  )
-
-
-def test_bfloat16_stays_finite_and_keeps_parameters_in_float32(stepped):
-  _, (state, metrics, watched), _ = stepped
-  assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-  assert int(state.step) == 2
-  for name, x in named_leaves((state._replace(key=()), metrics, watched)):
-    assert np.all(np.isfinite(np.asarray(x, np.float32))), name
-
-
-def test_labels_and_probe_cannot_influence_the_encoder(stepped):
-  """Other labels and other weights of the probe: the same bytes of everything else."""
-  name, (one, metrics_one, _), (two, metrics_two, _) = stepped
-  assert metrics_one["probe/loss"] != metrics_two["probe/loss"]
-  assert state_digest(one.probe) != state_digest(two.probe)
-  same = state_digest(one._replace(probe=())) == state_digest(two._replace(probe=()))
-  assert same != (name in READS_LABELS)
 
 
 @pytest.mark.parametrize("name", METHODS)

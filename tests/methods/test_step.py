@@ -1,0 +1,96 @@
+"""What every method must do in the one train step: exact, finite in bfloat16, blind to labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.methods import METHODS
+from ssrl_jax.state import named_leaves, state_digest
+from ssrl_jax.train import make_train_step
+from tests.methods.common import (
+  BATCH,
+  CASES,
+  FAST,
+  READS_LABELS,
+  assert_close,
+  make_experiment,
+  make_state,
+  make_views,
+)
+
+# Crop and flip only: the views have tests of their own, and their colours compile slowly.
+PLAIN_VIEWS = {f"global_views.{name}": 0.0 for name in ("jitter", "greyscale")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_and_plain_loss_agree(name):
+  experiment = make_experiment(*CASES[name])
+  state, views = make_state(experiment), make_views(experiment)
+  arguments = state.params, state.method_state, views, jax.random.key(7), state.step
+  compiled = jax.jit(experiment.method.loss, compiler_options=FAST)(*arguments)
+  with jax.disable_jit():
+    plain = experiment.method.loss(*arguments)
+  assert_close(plain, compiled, scale=1.0)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def stepped(request):
+  """Two whole train steps in bfloat16, with these labels and this added to the probe's weights."""
+  experiment = make_experiment(request.param, {"encoder.dtype": "bfloat16", **PLAIN_VIEWS})
+  step = jax.jit(make_train_step(experiment), compiler_options=FAST)
+  start, rng = make_state(experiment), np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8),
+    "extent": np.full((BATCH, 2), 16, np.int32),
+    "id": np.stack([np.arange(BATCH), np.zeros(BATCH)], axis=1).astype(np.uint32),
+    "substituted": np.zeros(BATCH, np.bool_),
+  }
+
+  def run(labels, weights):
+    """The state after each step, and what the last one gave."""
+    probe = start.probe._replace(params=jax.tree.map(lambda x: x + weights, start.probe.params))
+    first, _, _ = step(start._replace(probe=probe), batch | {"label": labels})
+    return first, *step(first, batch | {"label": labels})
+
+  labels = np.arange(BATCH, dtype=np.int32) // 2
+  again = lambda state: step(state, batch | {"label": labels})[0]  # noqa: E731
+  return (
+    request.param,
+    again,
+    run(labels, 0.0),
+    run(np.arange(BATCH, dtype=np.int32) % 4 - 1, np.float32(5)),
+  )
+
+
+def test_bfloat16_stays_finite_and_keeps_parameters_in_float32(stepped):
+  _, _, (_, state, metrics, watched), _ = stepped
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+  assert int(state.step) == 2
+  for name, x in named_leaves((state._replace(key=()), metrics, watched)):
+    assert np.all(np.isfinite(np.asarray(x, np.float32))), name
+
+
+def test_labels_and_probe_cannot_influence_the_encoder(stepped):
+  """Other labels and other weights of the probe: the same bytes of everything else."""
+  name, _, (_, one, metrics_one, _), (_, two, metrics_two, _) = stepped
+  assert metrics_one["probe/loss"] != metrics_two["probe/loss"]
+  assert state_digest(one.probe) != state_digest(two.probe)
+  same = state_digest(one._replace(probe=())) == state_digest(two._replace(probe=()))
+  assert same != (name in READS_LABELS)
+
+
+def test_resumed_step_gives_the_same_bytes(stepped, tmp_path):
+  """Saved after the first step and restored, queues, centres and targets included."""
+  _, again, (first, second, _, _), _ = stepped
+  checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
+  checkpoints.save(first, step=1, score=0.0)
+  checkpoints.wait()
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first
+  )
+  restored = checkpoints.restore(shapes)
+  checkpoints.close()
+  assert state_digest(again(restored)) == state_digest(second)
