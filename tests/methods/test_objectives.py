@@ -18,7 +18,9 @@ from ssrl_jax.methods import (
   dcl,
   densecl,
   dino,
+  finegrained,
   fusion,
+  hybrid,
   ibot,
   ijepa,
   jigsaw,
@@ -27,9 +29,11 @@ from ssrl_jax.methods import (
   moco_v2,
   moco_v3,
   nnclr,
+  rotation,
   simclr,
   simsiam,
   supcon,
+  supervised,
   swav,
   vicreg,
   vicregl,
@@ -711,3 +715,96 @@ def test_nearest_is_the_row_of_largest_cosine():
   got = nnclr.nearest(z, queue)
   for i in range(5):
     np.testing.assert_array_equal(got[i], queue[np.argmax([q @ z[i] for q in np.asarray(queue)])])
+
+
+def test_rotation_is_the_cross_entropy_of_the_number_of_turns(monkeypatch):
+  """A view of one pixel is the same in every position, so view v's logits are those given."""
+  z = embeddings(4, p=4)
+
+  def reference(z):
+    return np.mean([cross_entropy64(z[b, v], v) for b in range(B) for v in range(4)])
+
+  check(make(monkeypatch, rotation, num_global=4), z, reference)
+
+
+def test_rotation_turns_view_v_by_v_quarter_turns(monkeypatch):
+  """The encoder sees the top left pixel, to which v turns to the left bring another corner."""
+  corners = np.array([[0, 1], [3, 2]])
+  logits_HWK = 30 * np.eye(4, dtype=np.float32)[corners]
+  given = {"global": jnp.asarray(np.tile(logits_HWK, (B, 4, 1, 1, 1)))}
+  method = make(monkeypatch, rotation, num_global=4)
+  _, aux = method.loss({"encoder": {}}, {"batch_stats": {}}, given, jax.random.key(0), 0)
+  assert aux.metrics["accuracy"] == 100
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_supervised_is_the_cross_entropy_of_the_known_labels(monkeypatch, smoothing):
+  z, label = embeddings(2), np.array([0, 3, -1, 1, 2, -1])
+  method = make(monkeypatch, supervised, run=RUN._replace(num_classes=P), label_smoothing=smoothing)
+
+  def reference(z):
+    losses = []
+    for b in np.flatnonzero(label >= 0):
+      target = np.full(P, smoothing / P)
+      target[label[b]] += 1 - smoothing
+      for v in range(2):
+        losses.append(-np.sum(target * np.log(softmax64(z[b, v]))))
+    return np.mean(losses)
+
+  check(method, z, reference, label=jnp.asarray(label))
+
+
+class GivenAttention(nn.Module):
+  """As Given, with attention that is the same everywhere; a view of one pixel is its own part."""
+
+  backbone: nn.Module
+
+  def __call__(self, images, train):
+    attention = jnp.ones((images.shape[0], 1, 1, images.shape[1] * images.shape[2]))
+    return Features(images[:, 0, 0], {4: images}, attention)
+
+
+@pytest.mark.parametrize("num_parts", [0, 2])
+def test_finegrained_is_info_nce_of_the_whole_and_of_each_part(monkeypatch, num_parts):
+  monkeypatch.setattr(finegrained, "AttentionEncoder", GivenAttention)
+  monkeypatch.setattr(finegrained, "MLP", lambda **kw: Same())
+  method = finegrained.make(
+    encoder=GivenAttention(Given()),
+    views=views(),
+    run=RUN,
+    queue_size=2 * B,
+    num_parts=num_parts,
+    part_weight=0.5,
+    temperature=0.3,
+  )
+  z, queue = embeddings(2), unit(np.random.default_rng(1).normal(size=(2 * B, P)))
+  state = target() | {"queue": jnp.asarray(queue, jnp.float32)}
+  key = unit(z[:, 1].astype(float))
+
+  def reference(z):
+    losses = []
+    for q, k in zip(unit(z[:, 0]), key):
+      logits = np.array([q @ k, *(queue @ q)]) / 0.3
+      losses.append(cross_entropy64(logits, 0))
+    return np.mean(losses) * (1.5 if num_parts else 1)
+
+  value, aux = loss_of(method, z, state=state)
+  np.testing.assert_allclose(value, reference(z.astype(float)), rtol=1e-5)
+  np.testing.assert_allclose(aux.method_state["queue"][:B], key, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(aux.method_state["queue"][B:], queue[:B], rtol=1e-6)
+  assert aux.features.shape == (B, P * (2 if num_parts else 1))
+
+
+def test_hybrid_is_the_weighted_sum_of_its_terms(monkeypatch):
+  z, weights = embeddings(2), (0.5, 2.0)
+  options = {"simclr": {"temperature": 0.3}, "vicreg": {"covariance_weight": 3.0}}
+  parts = [
+    make(monkeypatch, module, **options[name])
+    for name, module in (("simclr", simclr), ("vicreg", vicreg))
+  ]
+  method = make(monkeypatch, hybrid, weights=weights, options=options)
+  state = {"batch_stats": {"encoder": {}, "simclr": {}, "vicreg": {}}, "simclr": {}, "vicreg": {}}
+  value, aux = loss_of(method, z, params={"simclr": {}, "vicreg": {}}, state=state)
+  own = [loss_of(part, z)[0] for part in parts]
+  np.testing.assert_allclose(value, sum(w * x for w, x in zip(weights, own)), rtol=1e-6)
+  np.testing.assert_allclose([aux.metrics["simclr"], aux.metrics["vicreg"]], own, rtol=1e-6)
