@@ -43,6 +43,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def cut_rows(x: Any, mesh: Mesh | None) -> jax.Array:
+  """An array on this process's devices of the mesh, its first axis cut over as many as divide it.
+
+  For work that every process does alike, such as judging features that all of them hold.
+  """
+  if mesh is None:
+    return jax.numpy.asarray(x)
+  devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  while x.shape[0] % len(devices):
+    devices.pop()
+  return jax.device_put(x, NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec(DATA)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

@@ -97,3 +97,16 @@ def test_ids_beyond_32_bits_keep_both_words():
   assert words.shape == (8, 2)
   low_high = np.asarray(words).astype(object)  # Python's integers
   assert [low + high * 2**32 for low, high in low_high] == ids
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(16, 8), (12, 6), (7, 7), (1, 1), (11, 1)])
+def test_rows_are_cut_over_as_many_devices_as_divide_them(rows, devices):
+  x = np.arange(2.0 * rows).reshape(rows, 2)
+  cut = parallel.cut_rows(x, parallel.make_mesh(8))
+  assert len(cut.addressable_shards) == devices
+  assert {s.data.shape for s in cut.addressable_shards} == {(rows // devices, 2)}
+  np.testing.assert_array_equal(cut, x)
+
+
+def test_rows_without_a_mesh_stay_on_one_device():
+  assert len(parallel.cut_rows(np.zeros((8, 2)), None).addressable_shards) == 1

@@ -12,9 +12,11 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.method import normalise
+from ssrl_jax.parallel import cut_rows
 
 TOP5_CLASSES = 20  # with fewer classes than this, five guesses say little
 
@@ -37,7 +39,7 @@ def run(evaluation: Evaluation, *, k: int = 20, temperature: float = 0.07) -> di
   if k > len(bank.labels):
     logging.warning("k-NN: k %d is capped at the bank's %d pictures", k, len(bank.labels))
     k = len(bank.labels)
-  similarity_NK, index_NK = nearest(query.features, bank.features, k=k)
+  similarity_NK, index_NK = nearest(query.features, bank.features, k=k, mesh=evaluation.mesh)
   votes = class_votes(
     similarity_NK, bank.labels[index_NK], evaluation.num_classes, temperature=temperature
   )
@@ -54,12 +56,14 @@ def nearest(
   k: int,
   query_block: int = 1024,
   bank_block: int = 8192,
+  mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k rows of the bank with the largest cosine similarity, most similar first.
 
   Works through blocks of both and keeps a running best, so that the device holds the queries and
   one [query_block, bank_block] table, whatever the bank's size. Of equals the first in the bank
-  wins. A zero vector has similarity 0 with everything.
+  wins. A zero vector has similarity 0 with everything. With a mesh, its devices share a block of
+  queries; `query_block` should be a multiple of their number.
 
   Returns:
     Similarity float32 [N, k] in [-1, 1], index int32 [N, k]; k at most M.
@@ -68,12 +72,13 @@ def nearest(
     raise ValueError(f"k is {k}; it must be between 1 and the bank's size {len(bank_MD)}")
   query_block, bank_block = min(query_block, len(query_ND)), min(bank_block, len(bank_MD))
   starts = range(0, len(query_ND), query_block)
-  queries = [jnp.asarray(_block(query_ND, start, query_block)) for start in starts]
+  queries = [cut_rows(_block(query_ND, start, query_block), mesh) for start in starts]
   shape = (query_block, k)
-  best = [(jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)) for _ in starts]
+  nothing = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+  best = [tuple(cut_rows(x, mesh) for x in nothing) for _ in starts]
   for start in range(0, len(bank_MD), bank_block):
-    block = jnp.asarray(_block(bank_MD, start, bank_block))
-    limits = jnp.array([start, len(bank_MD)], jnp.int32)
+    block = _block(bank_MD, start, bank_block)  # to every device that has queries
+    limits = np.array([start, len(bank_MD)], np.int32)
     best = [_merge(*b, q, block, limits) for b, q in zip(best, queries)]
   similarity, index = zip(*jax.device_get(best))
   return np.concatenate(similarity)[: len(query_ND)], np.concatenate(index)[: len(query_ND)]

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.evaluate.knn import TOP5_CLASSES, top_accuracy
 from ssrl_jax.method import Array
+from ssrl_jax.parallel import cut_rows
 
 Head = dict[str, Array]  # kernel float32 [D, K], bias [1, K]
 
@@ -52,7 +54,12 @@ def run(
   test, test_unlabelled = evaluation.labelled("test")
   kept, held = split_held_out(train.labels, held_out, seed=seed)
   pairs = list(itertools.product(learning_rates, weight_decays))
-  options = {"num_classes": evaluation.num_classes, "epochs": epochs, "seed": seed}
+  options = {
+    "num_classes": evaluation.num_classes,
+    "epochs": epochs,
+    "seed": seed,
+    "mesh": evaluation.mesh,
+  }
 
   fit = functools.partial(fit_heads, batch_size=batch_size, **options)
   part, rest = standardise(train.features[kept], train.features[held])
@@ -120,22 +127,32 @@ def fit_heads(
   epochs: int,
   batch_size: int,
   seed: int,
+  mesh: Mesh | None = None,
 ) -> Head:
   """One head for each (learning rate, weight decay), stacked: kernel [G, D, K], bias [G, 1, K].
 
   All see the same batches: shuffled anew each epoch, the uneven rest of an epoch being left out
-  that time. SGD with Nesterov momentum 0.9, cosine to zero, weight decay on the kernel only.
+  that time. SGD with Nesterov momentum 0.9, cosine to zero, weight decay on the kernel only. With a
+  mesh, its devices share the heads.
   """
   batch_size = min(batch_size, len(label_N))
-  learning_rate_G, weight_decay_G = jnp.asarray(pairs, jnp.float32).T
-  return _fit(
-    jnp.asarray(x_ND), jnp.asarray(label_N), learning_rate_G, weight_decay_G, jax.random.key(seed),
-    num_classes=num_classes, epochs=epochs, batch_size=batch_size,
-  )  # fmt: skip
+  pairs_G2 = np.asarray(pairs, np.float32)
+  if mesh is not None and len(pairs) > 1:  # a few heads twice, so that all devices have as many
+    pairs_G2 = np.resize(pairs_G2, (-(-len(pairs) // mesh.size) * mesh.size, 2))
+  g, d = len(pairs_G2), x_ND.shape[1]
+  heads = {
+    "kernel": np.zeros((g, d, num_classes), np.float32),
+    "bias": np.zeros((g, 1, num_classes), np.float32),
+  }
+  heads, *rates = jax.tree.map(lambda x: cut_rows(x, mesh), (heads, *pairs_G2.T))
+  options = {"epochs": epochs, "batch_size": batch_size}
+  heads = _fit(heads, x_ND, label_N, *rates, np.uint32(seed), **options)
+  return {name: x[: len(pairs)] for name, x in heads.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size"))
-def _fit(x_ND, label_N, learning_rate_G, weight_decay_G, key, *, num_classes, epochs, batch_size):
+@functools.partial(jax.jit, static_argnames=("epochs", "batch_size"))
+def _fit(heads, x_ND, label_N, learning_rate_G, weight_decay_G, seed, *, epochs, batch_size):
+  key = jax.random.key(seed)
   steps = x_ND.shape[0] // batch_size
 
   def optimizer(learning_rate, weight_decay):
@@ -160,8 +177,6 @@ def _fit(x_ND, label_N, learning_rate_G, weight_decay_G, key, *, num_classes, ep
     rows = jax.random.permutation(key, x_ND.shape[0])[: steps * batch_size]
     return jax.lax.scan(step, carry, rows.reshape(steps, batch_size))
 
-  g, d = len(learning_rate_G), x_ND.shape[1]
-  heads = {"kernel": jnp.zeros((g, d, num_classes)), "bias": jnp.zeros((g, 1, num_classes))}
   opt_state = jax.vmap(lambda h, r, w: optimizer(r, w).init(h))(
     heads, learning_rate_G, weight_decay_G
   )

@@ -4,6 +4,7 @@ import pytest
 from ssrl_jax import parallel
 from ssrl_jax.evaluate import knn
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
+from ssrl_jax.parallel import make_mesh
 
 UNUSED_VIEW = {"canvas": 1, "size": 1, "crop": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -101,6 +102,16 @@ def test_nearest_does_not_depend_on_blocks(query_block, bank_block):
   expected = np.argsort(-(q @ b.T), axis=1, kind="stable")[:, :10]
   np.testing.assert_array_equal(index, expected)
   np.testing.assert_allclose(similarity, np.take_along_axis(q @ b.T, expected, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("query_block", [16, 40, 7])  # in which 8, 8 and 7 devices have a share
+def test_devices_share_the_queries_and_change_nothing(query_block):
+  (bank, _), (query, _) = clusters(61), clusters(40, seed=1)
+  options = {"k": 10, "query_block": query_block, "bank_block": 13}
+  similarity, index = knn.nearest(query, bank, mesh=make_mesh(8), **options)
+  expected, expected_index = knn.nearest(query, bank, **options)
+  np.testing.assert_array_equal(index, expected_index)
+  np.testing.assert_allclose(similarity, expected, atol=1e-6)
 
 
 def test_nearest_of_equals_is_the_first_in_the_bank():

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from ssrl_jax import parallel
 from ssrl_jax.evaluate import linear
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
+from ssrl_jax.parallel import make_mesh
 
 UNUSED_VIEW = {"canvas": 1, "size": 1, "crop": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
 QUICK = {"learning_rates": (0.003, 0.03, 0.3), "weight_decays": (0.0, 1e-2), "epochs": 15,
@@ -87,6 +88,18 @@ def test_grid_is_the_same_as_one_by_one():
     np.testing.assert_allclose(head["kernel"], alone["kernel"], atol=1e-5)
     np.testing.assert_allclose(head["bias"], alone["bias"], atol=1e-5)
   assert np.abs(together[2]["kernel"] - together[3]["kernel"]).max() > 1e-4  # decay acts
+
+
+def test_devices_share_the_grid_and_change_nothing():
+  x, y = clusters(300)
+  x, _ = linear.standardise(x, x)
+  pairs = list(itertools.product((0.003, 0.1, 0.3), (0.0, 1e-4, 1e-2)))  # 9 pairs for 8 devices
+  options = {"num_classes": 5, "epochs": 3, "batch_size": 64, "seed": 1}
+  alone = linear.fit_heads(x, y, pairs, **options)
+  shared = linear.fit_heads(x, y, pairs, mesh=make_mesh(8), **options)
+  assert shared["kernel"].shape == alone["kernel"].shape
+  for name in alone:
+    np.testing.assert_allclose(shared[name], alone[name], atol=1e-5)
 
 
 def test_fit_of_one_full_batch_is_nesterov_with_cosine_in_float64():
