@@ -63,7 +63,7 @@ def part_seconds(experiment: Experiment, state, batch, *, steps: int) -> dict[st
   method = experiment.method
   view_key, loss_key = step_keys(state.key, state.step)
   make = jax.jit(lambda k, b: make_views(k, b, method.views))
-  views = make(view_key, batch)
+  views = make(view_key, batch) | {"label": batch["label"]}
   arguments = (state.params, state.method_state, views, loss_key, state.step)
   gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
   return {
