@@ -23,8 +23,7 @@ from benchmarks.common import write_results
 from ssrl_jax import parallel
 from ssrl_jax.experiment import Experiment, abstract_batch, build, create_state
 from ssrl_jax.flops import peak_flops
-from ssrl_jax.train import compile_step, flops_per_step, step_keys
-from ssrl_jax.views import make_views
+from ssrl_jax.train import compile_step, flops_per_step, loss_views, step_keys
 
 
 def load_recipe(path: str):
@@ -62,8 +61,8 @@ def part_seconds(experiment: Experiment, state, batch, *, steps: int) -> dict[st
   """Views, loss, and loss with gradient, each compiled and timed on its own."""
   method = experiment.method
   view_key, loss_key = step_keys(state.key, state.step)
-  make = jax.jit(lambda k, b: make_views(k, b, method.views))
-  views = make(view_key, batch) | {"label": batch["label"]}
+  make = jax.jit(lambda k, b: loss_views(experiment, k, b, state.step))
+  views = make(view_key, batch)
   arguments = (state.params, state.method_state, views, loss_key, state.step)
   gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
   return {

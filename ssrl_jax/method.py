@@ -244,10 +244,20 @@ def freeze(params: Params, name: str, when: Array | bool) -> Params:
   return params | {name: jax.tree.map(still, params[name])}
 
 
+def random_queue(key: Array, *shape: int) -> Array:
+  """A queue before its first batch: [..., Q, P], rows uniform on the sphere."""
+  return normalise(jax.random.normal(jax.random.fold_in(key, 1), shape))
+
+
 def push(queue_QP: Array, newest_BP: Array) -> Array:
   """The queue without its oldest B rows and with the newest in front; Q is a multiple of B."""
   rows = queue_QP.shape[0] - newest_BP.shape[0]
   return jnp.concatenate([jax.lax.stop_gradient(newest_BP), queue_QP[:rows]])
+
+
+def linear_warmup(start: float, end: float, step: Array, num_steps: float) -> Array:
+  """From `start` at step 0 to `end` at `num_steps`, and that from then on."""
+  return start + (end - start) * jnp.minimum(step / max(num_steps, 1), 1)
 
 
 def joint_embedding(

@@ -53,6 +53,13 @@ def views_strength(experiment: Experiment, step: Array) -> float | Array:
   )
 
 
+def loss_views(experiment: Experiment, key: Array, batch: Batch, step: Array) -> dict[str, Array]:
+  """What `Method.loss` is given of a batch: its views, where they lie, and the labels."""
+  strength = views_strength(experiment, step)
+  views = make_views(key, batch, experiment.method.views, strength)
+  return views | {"label": batch["label"]}
+
+
 def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple]:
   """step(state, batch) -> state, metrics, watched.
 
@@ -64,10 +71,9 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
 
   def train_step(state, batch):
     view_key, loss_key = step_keys(state.key, state.step)
-    strength = views_strength(experiment, state.step)
-    views = make_views(view_key, batch, method.views, strength)
+    views = loss_views(experiment, view_key, batch, state.step)
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
-      state.params, state.method_state, views | {"label": batch["label"]}, loss_key, state.step
+      state.params, state.method_state, views, loss_key, state.step
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -94,6 +100,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
       key=state.key,
     )
     metrics["data/substituted"] = new_state.substituted
+    strength = views_strength(experiment, state.step)
     if not isinstance(strength, float):  # the ramp is on
       metrics["data/views_strength"] = strength
     watched = {
@@ -141,7 +148,7 @@ def flops_per_step(experiment: Experiment) -> float:
 
 
 def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of what the loss is given: what `make_views` returns for a global batch, and labels."""
+  """Shapes of what `loss_views` returns for a global batch."""
   b = experiment.config.batch_size
   shapes = views_shapes(experiment.method.views, b)
   return shapes | {"label": jax.ShapeDtypeStruct((b,), jnp.int32)}
@@ -325,8 +332,8 @@ def views_fed(
   batch = parallel.to_device(next(batches), experiment.mesh)
   batches.close()
   step = jnp.zeros((), jnp.int32)
-  view_key, strength = step_keys(key, step)[0], views_strength(experiment, step)
-  views = jax.jit(lambda k, b: make_views(k, b, specs, strength))(view_key, batch)
+  view_key, _ = step_keys(key, step)
+  views = jax.jit(lambda k, b: loss_views(experiment, k, b, step))(view_key, batch)
   first = {spec.name: views[spec.name][:num_images] for spec in specs}
   return {
     name: np.asarray(denormalise(v, config.data.mean, config.data.std)) for name, v in first.items()

@@ -30,6 +30,7 @@ from ssrl_jax.method import (
   make_target,
   normalise,
   push,
+  random_queue,
   update_target,
 )
 from ssrl_jax.models.heads import MLP
@@ -87,7 +88,7 @@ def make(
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
     target = make_target(params, stats, ("encoder", "projector", "dense_projector"))
-    queue = normalise(jax.random.normal(jax.random.fold_in(key, 1), (2, queue_size, out_dim)))
+    queue = random_queue(key, 2, queue_size, out_dim)
     return params, {
       "batch_stats": stats,
       "target": target,

@@ -29,6 +29,7 @@ from ssrl_jax.method import (
   freeze,
   global_views,
   init_network,
+  linear_warmup,
   make_target,
   unfold_views,
   update_target,
@@ -88,6 +89,7 @@ def make(
     MLP(hidden=hidden_dim, out=out_dim, layers=num_layers, **options),
     Prototypes(num_prototypes, weight_norm=True),
   )
+  warmup_steps = warmup_epochs * run.steps_per_epoch
   frozen_steps = round(freeze_epochs * run.steps_per_epoch)
 
   def init(key, views):
@@ -96,9 +98,7 @@ def make(
     return params, {"batch_stats": stats, "target": target, "centre": jnp.zeros(num_prototypes)}
 
   def teach(t_BTK, centre_K, step):
-    share = jnp.minimum(step / max(warmup_epochs * run.steps_per_epoch, 1), 1)
-    low = start_teacher_temperature
-    heat = low + (teacher_temperature - low) * share
+    heat = linear_warmup(start_teacher_temperature, teacher_temperature, step, warmup_steps)
     if centring == "sinkhorn":
       codes = sinkhorn(fold_views(t_BTK), eps=heat)
       return unfold_views(codes, t_BTK.shape[1])

@@ -33,6 +33,7 @@ from ssrl_jax.method import (
   make_target,
   normalise,
   push,
+  random_queue,
   unfold_views,
   update_target,
 )
@@ -110,7 +111,7 @@ def make(
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
     target = make_target(params, stats, ("encoder", "projector"))
-    queue_QP = normalise(jax.random.normal(jax.random.fold_in(key, 1), (queue_size, out_dim)))
+    queue_QP = random_queue(key, queue_size, out_dim)
     return params, {"batch_stats": stats, "target": target, "queue": queue_QP}
 
   def loss(params, method_state, views, key, step):

@@ -28,6 +28,7 @@ from ssrl_jax.method import (
   freeze,
   global_views,
   init_network,
+  linear_warmup,
   make_target,
   update_target,
 )
@@ -94,6 +95,7 @@ def make(
   options = {"norm": False, "final_norm": False, "final_bias": True, "activation": nn.gelu}
   projector = MLP(hidden=hidden_dim, out=out_dim, layers=num_layers, **options)
   network = Network(encoder, projector, Prototypes(num_prototypes, weight_norm=True))
+  warmup_steps = warmup_epochs * run.steps_per_epoch
   frozen_steps = round(freeze_epochs * run.steps_per_epoch)
 
   def init(key, views):
@@ -124,8 +126,7 @@ def make(
       (_, s, _), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
     t_BTK, t_BTNK = jax.lax.stop_gradient((t_BTK, t_BTNK))
-    share = jnp.minimum(step / max(warmup_epochs * run.steps_per_epoch, 1), 1)
-    heat = start_teacher_temperature + (teacher_temperature - start_teacher_temperature) * share
+    heat = linear_warmup(start_teacher_temperature, teacher_temperature, step, warmup_steps)
     p_BTK = centred_softmax(t_BTK, centre["class"], temperature=heat)
     class_loss = cross_view_entropy(p_BTK, s_BVK, temperature=temperature)
     p_BTNK = centred_softmax(t_BTNK, centre["patches"], temperature=heat)

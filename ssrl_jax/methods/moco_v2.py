@@ -29,6 +29,7 @@ from ssrl_jax.method import (
   make_target,
   normalise,
   push,
+  random_queue,
   update_target,
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
@@ -67,7 +68,7 @@ def make(
 
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
-    queue_QP = normalise(jax.random.normal(jax.random.fold_in(key, 1), (queue_size, out_dim)))
+    queue_QP = random_queue(key, queue_size, out_dim)
     target = make_target(params, stats, ("encoder", "projector"))
     return params, {"batch_stats": stats, "target": target, "queue": queue_QP}
 

@@ -28,6 +28,7 @@ from ssrl_jax.method import (
   keep,
   normalise,
   push,
+  random_queue,
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
@@ -67,7 +68,7 @@ def make(
 
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
-    queue_QP = normalise(jax.random.normal(jax.random.fold_in(key, 1), (queue_size, out_dim)))
+    queue_QP = random_queue(key, queue_size, out_dim)
     return params, {"batch_stats": stats, "queue": queue_QP}
 
   def loss(params, method_state, views, key, step):
