@@ -808,3 +808,38 @@ def test_hybrid_is_the_weighted_sum_of_its_terms(monkeypatch):
   own = [loss_of(part, z)[0] for part in parts]
   np.testing.assert_allclose(value, sum(w * x for w, x in zip(weights, own)), rtol=1e-6)
   np.testing.assert_allclose([aux.metrics["simclr"], aux.metrics["vicreg"]], own, rtol=1e-6)
+
+
+class Solver(nn.Module):
+  """Reads each tile's number off its brightest pixel, and names the permutation by comparison."""
+
+  encoder: nn.Module
+  tile_dim: int
+  hidden_dim: int
+  num_permutations: int
+
+  def __call__(self, tiles_MHWC, train):
+    pixels = tiles_MHWC[..., 0].reshape(len(tiles_MHWC), 9)
+    order_NT = jnp.argmax(pixels, axis=1).reshape(-1, 9)
+    known_KT = jnp.asarray(jigsaw.far_permutations(self.num_permutations))
+    logits_NK = 10.0 * jnp.sum(order_NT[:, None] == known_KT[None], axis=-1)
+    return pixels, logits_NK.repeat(9, axis=0)
+
+
+def test_jigsaw_names_the_permutation_in_which_the_tiles_are_seen(monkeypatch):
+  """Tile t of 3 x 3 pixels has a bright pixel at place t; no gap, so tiles are cut where they lie."""
+  monkeypatch.setattr(jigsaw, "Network", Solver)
+  tiles = np.eye(9).reshape(3, 3, 3, 3)  # row and column of the tile, then of the pixel
+  image = tiles.transpose(0, 2, 1, 3).reshape(9, 9)
+  view = np.tile(image[None, None, :, :, None], (B, 1, 1, 1, 3)).astype(np.float32)
+  method = jigsaw.make(
+    encoder=Given(),
+    views=(ViewSpec("global", count=1, size=9),),
+    run=RUN,
+    gap=0.0,
+    num_permutations=20,
+  )
+  given = {"global": jnp.asarray(view)}
+  value, aux = method.loss({"encoder": {}}, {"batch_stats": {}}, given, jax.random.key(0), 0)
+  assert aux.metrics["accuracy"] == 100
+  assert value < 1e-3
