@@ -1,9 +1,9 @@
 """Every knob of a run, once, with its meaning. A recipe in configs/ states what it decides.
 
 Values are primitives; what follows from them (steps from epochs, the learning rate from the batch)
-is derived in code, so one override moves everything that depends on it. The groups `method` and
-`encoder` are filled from the factories' own keyword arguments: a knob that exists there exists
-here, and nowhere else.
+is derived in code, so one override moves everything that depends on it. The groups `method`,
+`encoder` and `evaluate.PROTOCOL` are filled from the factories' and protocols' own keyword
+arguments: a knob that exists there exists here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ssrl_jax.evaluate import EVALS
 from ssrl_jax.method import ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.models.attention import AttentionEncoder
@@ -138,16 +139,8 @@ def base_config(method: str) -> ConfigDict:
   c.evaluate.batch_size = 256
   c.evaluate.size = 32  # side of the evaluation view, pixels
   c.evaluate.crop = 1.0  # its share of the shorter side: 0.875 = resize 256, centre crop 224
-  c.evaluate.knn = ConfigDict({"k": 20, "temperature": 0.07})
-  c.evaluate.linear = ConfigDict(
-    {
-      "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-      "weight_decays": (0.0, 1e-4, 1e-3, 1e-2),
-      "epochs": 50,
-      "batch_size": 256,
-      "held_out": 0.1,
-    }
-  )
+  for name, protocol in EVALS.items():
+    c.evaluate[name] = ConfigDict(keyword_defaults(protocol.run))
   c.evaluate.report = True  # write report.html
   return c
 

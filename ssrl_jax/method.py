@@ -7,6 +7,7 @@ nothing else about it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Params = Any  # a pytree of float32 arrays, trained by gradient
+Weights = dict[str, Any]  # {"params": trainable, "batch_stats": running moments} of an encoder
 MethodState = Any  # a pytree of arrays, not trained by gradient: batch statistics, targets, queues
 
 
@@ -73,6 +75,14 @@ class Aux(NamedTuple):
   targets: Array | None = None  # [B, P] what `embeddings` should meet, where there is such a thing
 
 
+class Encoder(NamedTuple):
+  """The encoder that is judged and taken along: frozen features, fine-tuning, detection."""
+
+  weights: Callable[[Params, MethodState], Weights]
+  # (weights, images [B, h, w, 3], train, key of dropout or None) -> features, batch_stats after it
+  apply: Callable[[Weights, Array, bool, Array | None], tuple[Features, Any]]
+
+
 class Run(NamedTuple):
   """What a run fixes before its method is made."""
 
@@ -93,9 +103,13 @@ class Method(NamedTuple):
   init: Callable[[Array, dict[str, Array]], tuple[Params, MethodState]]
   loss: Callable[[Params, MethodState, dict[str, Array], Array, Array], tuple[Array, Aux]]
   after_update: Callable[[Params, MethodState, Array], tuple[Params, MethodState]]
-  encode: Callable[[Params, MethodState, Array], Features]  # images: normalised float [B, h, w, 3]
+  encoder: Encoder
   constant_lr: tuple[str, ...] = ()  # names in params whose learning rate stays at its peak
   unit_variance: bool = False  # whether the loss asks for embeddings of variance 1
+
+  def encode(self, params: Params, method_state: MethodState, images: Array) -> Features:
+    """What is learned, of normalised images [B, h, w, 3]; pure, nothing moves."""
+    return self.encoder.apply(self.encoder.weights(params, method_state), images, False, None)[0]
 
 
 def global_spec(views: tuple[ViewSpec, ...], *, method: str, count: int) -> ViewSpec:
@@ -200,17 +214,26 @@ def forward(
   return unfold_views(output, views_BVHWC.shape[1]), mutated.get("batch_stats", {})
 
 
-def encode_with(encoder: nn.Module, *, target: bool = False) -> Callable[..., Features]:
-  """`Method.encode` by the online encoder, or by the target's."""
+def encode_with(encoder: nn.Module, *, target: bool = False) -> Encoder:
+  """`Method.encoder`: the online network's, or the target's."""
 
-  def encode(params, method_state, images):
+  def weights(params, method_state):
     if target:
       method_state = method_state["target"]
       params = method_state["params"]
     stats = method_state["batch_stats"].get("encoder", {})
-    return encoder.apply({"params": params["encoder"], "batch_stats": stats}, images, False)
+    return {"params": params["encoder"], "batch_stats": stats}
 
-  return encode
+  return Encoder(weights, functools.partial(apply_encoder, encoder))
+
+
+def apply_encoder(
+  encoder: nn.Module, weights: Weights, images: Array, train: bool, key: Array | None
+) -> tuple[Features, Any]:
+  """One pass: features, and the batch statistics after it, which move when `train` is True."""
+  rngs = {} if key is None else {"dropout": key}
+  features, mutated = encoder.apply(weights, images, train, mutable=["batch_stats"], rngs=rngs)
+  return features, mutated.get("batch_stats", weights["batch_stats"])
 
 
 def keep(params: Params, method_state: MethodState, step: Array) -> tuple[Params, MethodState]:
@@ -300,5 +323,5 @@ def joint_embedding(
     )
     return value, aux
 
-  encode = encode_with(network.encoder)
-  return Method(views, init, loss, keep, encode, constant_lr, unit_variance)
+  encoder = encode_with(network.encoder)
+  return Method(views, init, loss, keep, encoder, constant_lr, unit_variance)

@@ -99,6 +99,29 @@ def write_results(
   )
 
 
+def merge_evaluation(
+  path: Path,
+  results: dict[str, dict[str, float]],
+  *,
+  options: dict[str, Any],
+  step: int,
+  state_digest: str,
+) -> None:
+  """Adds figures to evaluation.json; figures of another state of the run are dropped."""
+  if jax.process_index() != 0:
+    return
+  record = {"step": step, "state_digest": state_digest, "results": {}, "options": {}}
+  if path.exists():
+    old = json.loads(path.read_text())
+    if old["state_digest"] == state_digest:
+      record |= {key: old[key] for key in ("results", "options") if key in old}
+  for encoder, figures in results.items():
+    record["results"][encoder] = record["results"].get(encoder, {}) | figures
+    for name in {figure.split("/")[0] for figure in figures}:
+      record["options"][name] = options[name]
+  write_json(path, record)
+
+
 def hardware() -> dict[str, Any]:
   devices = jax.devices()
   return {

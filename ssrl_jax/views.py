@@ -13,6 +13,7 @@ Shapes: B batch, H W C picture, S side of the canvas, J jitter operations in use
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -133,6 +134,7 @@ def eval_view(
   crop: float,
   mean: tuple[float, ...],
   std: tuple[float, ...],
+  change: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
   """The deterministic view for evaluation: torchvision's Resize and CenterCrop, then normalised.
 
@@ -145,6 +147,8 @@ def eval_view(
     size: side of the view, pixels.
     crop: fraction of the resized picture's shorter side that is kept, in (0, 1].
     mean, std: see `normalise`.
+    change: (pixels float32 [B, size, size, 3] in [0, 1], batch["id"]) -> pixels: what is done to
+      the view before it is normalised, such as a corruption.
 
   Returns:
     float32 [B, size, size, 3], normalised.
@@ -164,9 +168,12 @@ def eval_view(
       for i in range(2)
     )
     canvas_SSC = image_SSC.astype(jnp.float32) / 255
-    return normalise(resample(canvas_SSC, rows_OH, cols_OW), mean, std)
+    return resample(canvas_SSC, rows_OH, cols_OW)
 
-  return jax.vmap(one)(batch["image"], batch["extent"])
+  views_BHWC = jax.vmap(one)(batch["image"], batch["extent"])
+  if change is not None:
+    views_BHWC = change(views_BHWC, batch["id"])
+  return jax.vmap(partial(normalise, mean=mean, std=std))(views_BHWC)
 
 
 def draw(

@@ -1,27 +1,28 @@
-"""Protocols that measure frozen features, one a file: `run(evaluation, **options) -> figures`.
+"""Protocols that judge an encoder, one a file: `run(evaluation, **options) -> figures`.
 
-To add one: write its file, add its `run` to EVALS. The names of its figures begin with its own
-("knn/accuracy"), and its keyword arguments are the knobs of the config group of that name.
+To add one: write its file and add it to EVALS. The names of its figures begin with its own
+("knn/accuracy"), and its keyword arguments, with their defaults, are the knobs of the config group
+evaluate.NAME. Protocols import neither config nor experiment: they see an `Evaluation` and nothing
+else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from ssrl_jax.config import nearest
 from ssrl_jax.evaluate import knn, linear
 
-EVALS: dict[str, Callable[..., dict[str, float]]] = {"knn": knn.run, "linear": linear.run}
+
+class Protocol(NamedTuple):
+  """A protocol, and how it is shown."""
+
+  run: Callable[..., dict[str, float]]
+  columns: dict[str, str]  # its main figures and their titles in a table
+  pixels: bool = False  # whether it can judge raw pixels: it asks for nothing but `pooled`
 
 
-def select(names: str) -> dict[str, Callable[..., dict[str, float]]]:
-  """ "knn,linear" -> {name: run}, in that order; empty: none.
-
-  Raises:
-    ValueError: an unknown name.
-  """
-  chosen = [name.strip() for name in names.split(",") if name.strip()]
-  for name in chosen:
-    if name not in EVALS:
-      raise ValueError(nearest(name, EVALS, "evaluation"))
-  return {name: EVALS[name] for name in chosen}
+EVALS: dict[str, Protocol] = {
+  "knn": Protocol(knn.run, {"knn/accuracy": "k-NN %"}, pixels=True),
+  "linear": Protocol(linear.run, {"linear/accuracy": "linear %"}, pixels=True),
+}

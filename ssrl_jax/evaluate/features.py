@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,8 @@ from ssrl_jax.method import Array, Features
 from ssrl_jax.pixels import denormalise
 from ssrl_jax.views import eval_view
 
-Encode = Callable[[Any, Array], Features]  # (state, normalised float32 [B, h, w, 3])
+Change = Callable[[Array, Array], Array]  # see `eval_view`
+Apply = Callable[[Any, Array, bool, Any], tuple[Features, Any]]  # see method.Encoder.apply
 
 
 class FeatureSet(NamedTuple):
@@ -42,12 +44,12 @@ class FeatureSet(NamedTuple):
 class Evaluation:
   """An encoder, the data to judge it on, and the view of a picture that it is shown.
 
-  `encode` and `state` are apart so that the weights are an argument of the compiled function, not
-  constants in it, and so that another state of the same encoder needs no second compilation.
+  `apply` and `weights` are apart so that the weights are an argument of the compiled function, not
+  constants in it, and so that other weights of the same encoder need no second compilation.
   """
 
-  encode: Encode
-  state: Any  # arrays on the mesh; () for an encoder without weights
+  apply: Apply
+  weights: Any  # arrays on the mesh; () for an encoder without any
   train: Source  # the bank of k-NN, the training set of the linear probe
   test: Source
   num_classes: int | None  # None: unlabelled
@@ -60,17 +62,36 @@ class Evaluation:
   batch_size: int  # over all devices
   workers: int = 0  # reader processes; 0: threads of this one
   threads: int = 1  # that decode, in each reader process
-  cache: dict[str, FeatureSet] = dataclasses.field(default_factory=dict, repr=False)  # by split
+  folder: Path | None = None  # where a protocol may write pictures and tables; None: nowhere
+  other: Evaluation | None = None  # another encoder, for what compares two
+  cache: dict[Any, FeatureSet] = dataclasses.field(default_factory=dict, repr=False)
 
-  def with_encoder(self, encode: Encode, state: Any) -> Evaluation:
+  def with_encoder(self, apply: Apply, weights: Any) -> Evaluation:
     """The same judgement of another encoder; nothing extracted is carried over."""
-    return dataclasses.replace(self, encode=encode, state=state, cache={})
+    return dataclasses.replace(self, apply=apply, weights=weights, cache={})
 
-  def features(self, split: str) -> FeatureSet:
-    """The features of "train" or "test", extracted at the first call; the same on every host."""
-    if split not in self.cache:
-      self.cache[split] = self._extract(split)
-    return self.cache[split]
+  def features(self, split: str, kind: str = "pooled", change: Change | None = None) -> FeatureSet:
+    """The features of "train" or "test", extracted at the first call; the same on every host.
+
+    Args:
+      kind: what of the encoder's output, see `vectors`. All kinds are extracted at once.
+      change: what is done to each view first, see `eval_view`; of these nothing is kept.
+    """
+    if change is not None:
+      return self._extract(split, (kind,), change)[kind]
+    if (split, kind) not in self.cache:
+      kinds = ("pooled",) if kind == "pooled" else self.kinds()
+      found = self._extract(split, kinds)
+      self.cache.update({(split, k): rows for k, rows in found.items()})
+    return self.cache[split, kind]
+
+  def kinds(self) -> tuple[str, ...]:
+    """The kinds of vectors that this encoder gives, "pooled" first."""
+    images = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.float32)
+    return tuple(jax.eval_shape(self._vectors, self.weights, images))
+
+  def _vectors(self, weights: Any, images: Array) -> dict[str, Array]:
+    return vectors(self.apply(weights, images, False, None)[0])
 
   def labelled(self, split: str) -> tuple[FeatureSet, int]:
     """The labelled rows of a split, and how many others were left out.
@@ -104,7 +125,9 @@ class Evaluation:
     mean, std = tuple(self.mean), tuple(self.std)  # hashable also when a config made them lists
     return {"size": self.size, "crop": self.crop, "mean": mean, "std": std}
 
-  def _extract(self, split: str) -> FeatureSet:
+  def _extract(
+    self, split: str, kinds: tuple[str, ...], change: Change | None = None
+  ) -> dict[str, FeatureSet]:
     source = self._source(split)
     parallel.check_batch_size(self.batch_size, self.mesh)
     batches = eval_batches(
@@ -120,24 +143,45 @@ class Evaluation:
     with contextlib.closing(batches):
       for batch in batches:
         batch = parallel.to_device(batch, self.mesh)
-        out = _extract_batch(self.state, batch, encode=self.encode, mesh=self.mesh, **self._view())
+        options = {"apply": self.apply, "kinds": kinds, "mesh": self.mesh, "change": change}
+        out = _extract_batch(self.weights, batch, **options, **self._view())
         if pending:  # fetch the batch before this one while this one is computed
           rows.append(_fetch(pending))
         pending = out
     rows.append(_fetch(pending))
-    features, labels, ids = (np.concatenate(column) for column in zip(*rows))
+    *columns, labels, ids = (np.concatenate(column) for column in zip(*rows))
     order = np.argsort(ids)
-    found = FeatureSet(features[order], labels[order], ids[order])
-    _check(found, split=split, num_expected=len(source), num_classes=self.num_classes)
+    found = {k: FeatureSet(x[order], labels[order], ids[order]) for k, x in zip(kinds, columns)}
+    for rows in found.values():
+      _check(rows, split=split, num_expected=len(source), num_classes=self.num_classes)
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("encode", "mesh", "size", "crop", "mean", "std"))
-def _extract_batch(state, batch, *, encode, mesh, size, crop, mean, std):
+def vectors(features: Features) -> dict[str, Array]:
+  """Every vector [B, D] that an encoder's output offers to a judge, float32, by its name.
+
+  "pooled"; "mapS", the mean over the map of stride S; "tokens", the mean of a ViT's tokens;
+  "scales" and "fused" of a FusionEncoder.
+  """
+  found = {"pooled": features.pooled}
+  found |= {f"map{s}": jnp.mean(x, axis=(1, 2)) for s, x in sorted(features.maps.items())}
+  if features.tokens is not None:
+    found["tokens"] = jnp.mean(features.tokens, axis=1)
+  if features.scales is not None:
+    found["scales"] = features.scales.reshape(features.scales.shape[0], -1)
+  if features.fused is not None:
+    found["fused"] = features.fused
+  return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+
+@functools.partial(
+  jax.jit, static_argnames=("apply", "kinds", "mesh", "change", "size", "crop", "mean", "std")
+)
+def _extract_batch(weights, batch, *, apply, kinds, mesh, **view):
   """Features, label, id and weight of a global batch, whole on every device, so on every host."""
-  images = eval_view(batch, size=size, crop=crop, mean=mean, std=std)
-  pooled_BD = encode(state, images).pooled.astype(jnp.float32)
-  out = (pooled_BD, batch["label"], batch["id"], batch["weight"])
+  features, _ = apply(weights, eval_view(batch, **view), False, None)
+  found = vectors(features)
+  out = (*(found[kind] for kind in kinds), batch["label"], batch["id"], batch["weight"])
   return jax.lax.with_sharding_constraint(out, parallel.replicated(mesh))
 
 
@@ -147,12 +191,12 @@ def _pictures(batch, *, size, crop, mean, std):
   return denormalise(views_BHWC, mean, std)
 
 
-def _fetch(out: tuple[Array, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fetch(out: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
   """The rows that count: padding and damaged pictures have weight 0."""
-  pooled_BD, label_B, words_B2, weight_B = jax.device_get(out)
+  *vectors, label_B, words_B2, weight_B = jax.device_get(out)
   id_B = words_B2[:, 0].astype(np.int64) | (words_B2[:, 1].astype(np.int64) << 32)
   counts = weight_B > 0
-  return pooled_BD[counts], label_B[counts], id_B[counts]
+  return *(x[counts] for x in vectors), label_B[counts], id_B[counts]
 
 
 def _check(rows: FeatureSet, *, split: str, num_expected: int, num_classes: int | None) -> None:
@@ -177,7 +221,7 @@ def _check(rows: FeatureSet, *, split: str, num_expected: int, num_classes: int 
     )
 
 
-def raw_pixels(state: Any, images: Array) -> Features:
+def raw_pixels(weights: Any, images: Array, train: bool, key: Any) -> tuple[Features, Any]:
   """An encoder that does nothing: the control that any learnt feature should beat."""
-  del state
-  return Features(pooled=images.reshape(images.shape[0], -1), maps={})
+  del train, key
+  return Features(pooled=images.reshape(images.shape[0], -1), maps={}), weights

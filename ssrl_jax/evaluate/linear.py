@@ -30,7 +30,7 @@ Head = dict[str, Array]  # kernel float32 [D, K], bias [1, K]
 def run(
   evaluation: Evaluation,
   *,
-  learning_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+  learning_rates: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
   weight_decays: Sequence[float] = (0.0, 1e-4, 1e-3, 1e-2),
   epochs: int = 50,
   batch_size: int = 256,

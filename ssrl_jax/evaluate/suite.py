@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
+from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.config import nearest
 from ssrl_jax.data.sources import Source, check_same_classes
-from ssrl_jax.evaluate import select
+from ssrl_jax.evaluate import EVALS, Protocol
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
-from ssrl_jax.experiment import Experiment, create_state, open_split
+from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
 from ssrl_jax.state import TrainState
 
 Results = dict[str, dict[str, float]]  # {"trained": {"knn/accuracy": percent, ...}, ...}
@@ -22,9 +28,43 @@ TITLES = {
 }
 
 
+def select(names: str) -> dict[str, Protocol]:
+  """ "knn,linear" -> {name: protocol}, in that order; empty: none.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  chosen = [name.strip() for name in names.split(",") if name.strip()]
+  for name in chosen:
+    if name not in EVALS:
+      raise ValueError(nearest(name, EVALS, "evaluation"))
+  return {name: EVALS[name] for name in chosen}
+
+
 class Evaluated(NamedTuple):
   results: Results
   evaluation: Evaluation | None  # of the trained encoder; None where nothing could be evaluated
+
+
+class Loaded(NamedTuple):
+  experiment: Experiment
+  state: TrainState
+  train: Source
+
+
+def load_run(folder: Path, config: ConfigDict) -> Loaded:
+  """The newest whole checkpoint of a run, and what its config makes.
+
+  Raises:
+    FileNotFoundError: there is none yet.
+  """
+  train = open_split(config, "train")
+  experiment = build(config, num_examples=len(train), num_classes=train.num_classes)
+  checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
+  state = checkpoints.restore(abstract_state(experiment))
+  if state is None:
+    raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
+  return Loaded(experiment, state, train)
 
 
 def open_test(experiment: Experiment, train: Source) -> Source | None:
@@ -51,17 +91,18 @@ def open_test(experiment: Experiment, train: Source) -> Source | None:
 
 
 def trained_evaluation(
-  experiment: Experiment, state: TrainState, train: Source, test: Source
+  experiment: Experiment,
+  state: TrainState,
+  train: Source,
+  test: Source,
+  folder: Path | None = None,
 ) -> Evaluation:
   """How the run's encoder is judged: on these pictures, as the config says."""
   config, method = experiment.config, experiment.method
 
-  def encode(weights, images):
-    return method.encode(*weights, images)
-
   return Evaluation(
-    encode=encode,
-    state=(state.params, state.method_state),
+    apply=method.encoder.apply,
+    weights=method.encoder.weights(state.params, state.method_state),
     train=train,
     test=test,
     num_classes=experiment.num_classes,
@@ -74,6 +115,7 @@ def trained_evaluation(
     batch_size=config.evaluate.batch_size,
     workers=config.data.workers,
     threads=config.data.threads,
+    folder=folder,
   )
 
 
@@ -85,32 +127,43 @@ def evaluate_run(
   *,
   evals: str,
   say: Callable[[str], None],
+  folder: Path | None = None,
+  other: Loaded | None = None,
 ) -> Evaluated:
-  """Runs `evals` ("knn,linear") on the trained encoder and, by config, on both controls."""
+  """Runs `evals` ("knn,linear") on the trained encoder and, by config, on both controls.
+
+  Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
+  """
   chosen = select(evals)
   if test is None or not chosen:
     return Evaluated({}, None)
-  trained = trained_evaluation(experiment, state, train, test)
+  trained = trained_evaluation(experiment, state, train, test, folder)
+  if other:
+    second = trained_evaluation(other.experiment, other.state, train, test)
+    trained = dataclasses.replace(trained, other=second)
   encoders = {"trained": trained}
   if experiment.config.evaluate.controls:
     untrained = create_state(experiment)
     encoders["random_init"] = trained.with_encoder(
-      trained.encode, (untrained.params, untrained.method_state)
+      trained.apply, experiment.method.encoder.weights(untrained.params, untrained.method_state)
     )
     encoders["raw_pixels"] = trained.with_encoder(raw_pixels, ())
   results: Results = {}
   for name, evaluation in encoders.items():
     start, figures = time.perf_counter(), {}
-    for key, run in chosen.items():
-      figures |= run(evaluation, **experiment.config.evaluate[key])
-    results[name] = figures
-    say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
+    evaluation = dataclasses.replace(evaluation, folder=folder and folder / name)
+    for key, protocol in chosen.items():
+      if protocol.pixels or name != "raw_pixels":
+        figures |= protocol.run(evaluation, **experiment.config.evaluate[key])
+    if figures:
+      results[name] = figures
+      say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
   return Evaluated(results, trained)
 
 
 def results_table(results: Results) -> str:
-  """The accuracies as a text table, a row for each encoder."""
-  columns = {"knn/accuracy": "k-NN %", "linear/accuracy": "linear %"}
+  """The main figures as a text table, a row for each encoder."""
+  columns = {key: title for p in EVALS.values() for key, title in p.columns.items()}
   columns = {k: t for k, t in columns.items() if any(k in row for row in results.values())}
   if not columns:
     return "no evaluation was run"

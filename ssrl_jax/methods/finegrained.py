@@ -20,12 +20,14 @@ from ssrl_jax.losses.contrastive import info_nce_queue
 from ssrl_jax.method import (
   Array,
   Aux,
+  Encoder,
   Method,
   Run,
   ViewSpec,
   check_fraction,
   check_positive,
   check_queue,
+  encode_with,
   fold_views,
   forward,
   global_spec,
@@ -155,15 +157,18 @@ def make(
     del step
     return params, update_target(method_state, params, tau)
 
-  def encode(params, method_state, images):
-    stats = method_state["batch_stats"].get("encoder", {})
-    variables = {"params": params["encoder"], "batch_stats": stats}
-    features = encoder.apply(variables, images, False)
-    if not with_parts:
-      return features
-    parts_BKHWC = parts_of(images, attention_map(features))
-    h_MD = encoder.apply(variables, fold_views(parts_BKHWC), False).pooled
-    h_BD = jnp.mean(unfold_views(h_MD, num_parts), axis=1)
-    return features._replace(pooled=jnp.concatenate([features.pooled, h_BD], axis=1))
+  whole = encode_with(encoder)
 
-  return Method(views, init, loss, after_update, encode)
+  def apply(weights, images, train, key):
+    features, stats = whole.apply(weights, images, train, key)
+    if not with_parts:
+      return features, stats
+    parts_BKHWC = parts_of(images, attention_map(features))
+    parts, stats = whole.apply(
+      weights | {"batch_stats": stats}, fold_views(parts_BKHWC), train, key
+    )
+    h_BD = jnp.mean(unfold_views(parts.pooled, num_parts), axis=1)
+    pooled_BD = jnp.concatenate([features.pooled, h_BD], axis=1)
+    return features._replace(pooled=pooled_BD), stats
+
+  return Method(views, init, loss, after_update, Encoder(whole.weights, apply))

@@ -16,7 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ssrl_jax.method import Method, Run, ViewSpec
+from ssrl_jax.method import Encoder, Method, Run, ViewSpec
 
 DEFAULTS: Mapping[str, Any] = {}
 
@@ -65,14 +65,14 @@ def make(
       params, method_state = put(params, method_state, name, *own)
     return params, method_state
 
-  def encode(params, method_state, images):
+  def encoder_weights(params, method_state):
     name, method = next(iter(methods.items()))
-    return method.encode(*take(params, method_state, name), images)
+    return method.encoder.weights(*take(params, method_state, name))
 
   constant = tuple(f"{name}/{lr}" for name, m in methods.items() for lr in m.constant_lr)
   first = next(iter(methods.values()))
-  unit_variance = first.unit_variance
-  return Method(views, init, loss, after_update, encode, constant, unit_variance)
+  judged = Encoder(encoder_weights, first.encoder.apply)
+  return Method(views, init, loss, after_update, judged, constant, first.unit_variance)
 
 
 def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ssrl_jax import parallel
-from ssrl_jax.evaluate import EVALS, features, select
+from ssrl_jax.evaluate import EVALS, features
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
+from ssrl_jax.evaluate.suite import select
 from ssrl_jax.method import Features
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -39,18 +40,18 @@ class Noise:
     return f"Noise({len(self)})"
 
 
-def project(state, images):
-  pooled = jnp.tanh(images.reshape(images.shape[0], -1) @ state["w"])
-  return Features(pooled=pooled.astype(jnp.bfloat16), maps={})
+def project(weights, images, train, key):
+  pooled = jnp.tanh(images.reshape(images.shape[0], -1) @ weights["w"])
+  return Features(pooled=pooled.astype(jnp.bfloat16), maps={}), weights
 
 
 WEIGHTS = {"w": jnp.asarray(np.random.default_rng(9).normal(size=(SIZE * SIZE * 3, 5)) / 10)}
 
 
-def make(*, encode=raw_pixels, state=(), num_devices=8, batch_size=8, train=None, test=None):
+def make(*, apply=raw_pixels, weights=(), num_devices=8, batch_size=8, train=None, test=None):
   return Evaluation(
-    encode,
-    state,
+    apply,
+    weights,
     train=train or Noise(21),
     test=test or Noise(13),
     num_classes=3,
@@ -80,7 +81,7 @@ def test_features_hold_each_example_once_in_order(n):
 
 def test_features_agree_on_1_and_8_devices():
   one, eight = (
-    make(encode=project, state=WEIGHTS, num_devices=n).features("train") for n in (1, 8)
+    make(apply=project, weights=WEIGHTS, num_devices=n).features("train") for n in (1, 8)
   )
   np.testing.assert_allclose(one.features, eight.features, atol=1e-2)  # bfloat16 features
   np.testing.assert_array_equal(one.ids, eight.ids)
@@ -111,7 +112,7 @@ def test_no_readable_picture_is_an_error():
 
 
 def test_features_that_are_not_finite_are_an_error():
-  evaluation = make(encode=project, state={"w": WEIGHTS["w"].at[0, 0].set(jnp.nan)})
+  evaluation = make(apply=project, weights={"w": WEIGHTS["w"].at[0, 0].set(jnp.nan)})
   with pytest.raises(FloatingPointError, match="13 of 13 test pictures"):
     evaluation.features("test")
 
@@ -152,7 +153,7 @@ def test_unknown_split_is_an_error():
 def test_labelled_leaves_out_and_counts_unknown_labels():
   evaluation = make()
   labels = np.array([0, -1, 2, -1], np.int32)
-  evaluation.cache["test"] = FeatureSet(np.eye(4, dtype=np.float32), labels, np.arange(4))
+  evaluation.cache["test", "pooled"] = FeatureSet(np.eye(4, dtype=np.float32), labels, np.arange(4))
   rows, left_out = evaluation.labelled("test")
   assert rows.ids.tolist() == [0, 2]
   assert rows.features.argmax(1).tolist() == [0, 2]
@@ -161,7 +162,7 @@ def test_labelled_leaves_out_and_counts_unknown_labels():
 
 def test_labelled_without_any_label_is_an_error():
   evaluation = make()
-  evaluation.cache["train"] = FeatureSet(
+  evaluation.cache["train", "pooled"] = FeatureSet(
     np.zeros((4, 2), np.float32), np.full(4, -1, np.int32), np.arange(4)
   )
   with pytest.raises(ValueError, match="no labels"):
@@ -202,7 +203,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=int(index))
 sys.path.insert(0, tests)
 import test_features as t
 assert len(jax.devices()) == 4
-rows = t.make(encode=t.project, state=t.WEIGHTS, num_devices=0).features("test")
+rows = t.make(apply=t.project, weights=t.WEIGHTS, num_devices=0).features("test")
 np.savez(f"{folder}/{index}.npz", *rows)
 """
 
@@ -219,7 +220,7 @@ def test_features_on_two_processes_are_those_of_one(tmp_path, free_port):
     for i in range(2)
   ]
   assert [child.wait(timeout=120) for child in children] == [0, 0]
-  alone = make(encode=project, state=WEIGHTS).features("test")
+  alone = make(apply=project, weights=WEIGHTS).features("test")
   for i in range(2):
     with np.load(tmp_path / f"{i}.npz") as found:
       np.testing.assert_allclose(found["arr_0"], alone.features, atol=1e-2)

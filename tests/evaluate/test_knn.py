@@ -17,7 +17,7 @@ def judge(train, test, num_classes):
   }
   return Evaluation(
     raw_pixels, (), train=None, test=None, num_classes=num_classes, mesh=parallel.make_mesh(1),
-    batch_size=1, cache=sets, **UNUSED_VIEW,
+    batch_size=1, cache={(k, "pooled"): v for k, v in sets.items()}, **UNUSED_VIEW,
   )  # fmt: skip
 
 

@@ -827,7 +827,7 @@ class Solver(nn.Module):
 
 
 def test_jigsaw_names_the_permutation_in_which_the_tiles_are_seen(monkeypatch):
-  """Tile t of 3 x 3 pixels has a bright pixel at place t; no gap, so tiles are cut where they lie."""
+  """Tile t of 3 x 3 pixels has a bright pixel at place t; without gaps, tiles lie side by side."""
   monkeypatch.setattr(jigsaw, "Network", Solver)
   tiles = np.eye(9).reshape(3, 3, 3, 3)  # row and column of the tile, then of the pixel
   image = tiles.transpose(0, 2, 1, 3).reshape(9, 9)
