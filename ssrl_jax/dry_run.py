@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from clu import parameter_overview
@@ -49,13 +49,34 @@ def activation_bytes(experiment: Experiment) -> int:
   return max(total, 0)
 
 
+class Cost(NamedTuple):
+  """Of training; model FLOPs, see ssrl_jax/flops.py."""
+
+  steps: int
+  flops_per_step: float
+  device_hours: float  # of REFERENCE_DEVICE at ASSUMED_MFU: an estimate
+
+  @property
+  def flops(self) -> float:
+    return self.steps * self.flops_per_step
+
+
+def assumed_experiment(config: ConfigDict) -> Experiment:
+  """The experiment, of a training set whose size is assumed where the config does not say it."""
+  data = config.data
+  num_examples = data.num_train or data.dry_run_examples
+  return build(config, num_examples=num_examples, num_classes=data.dry_run_classes)
+
+
+def cost(experiment: Experiment) -> Cost:
+  flops = flops_per_step(experiment)
+  hours = flops * experiment.total_steps / (PEAK_FLOPS[REFERENCE_DEVICE] * ASSUMED_MFU) / 3600
+  return Cost(experiment.total_steps, flops, hours)
+
+
 def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   """Prints the parameter table, shapes, shardings, memory, FLOPs and estimated device-hours."""
-  experiment = build(
-    config,
-    num_examples=config.data.num_train or config.data.dry_run_examples,
-    num_classes=config.data.dry_run_classes,
-  )
+  experiment = assumed_experiment(config)
   state, batch = abstract_state(experiment), abstract_batch(experiment)
   n, mib = experiment.mesh.size, 2**20
   leaves = jax.tree.leaves(state)
@@ -75,10 +96,9 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   say(f"batch memory      {array_bytes(batch, per_device=True) / mib:,.0f} MiB a device")
   activations = activation_bytes(experiment) / n / mib
   say(f"activations       {activations:,.0f} MiB a device at most, before the compiler fuses")
-  flops = flops_per_step(experiment)
-  total = flops * experiment.total_steps
+  found = cost(experiment)
   say(f"steps             {experiment.total_steps:,} ({experiment.steps_per_epoch:,} an epoch)")
-  say(f"FLOPs             {flops:.4g} a step, {total:.4g} in all (1 MAC = 2 FLOP)")
-  hours = total / (PEAK_FLOPS[REFERENCE_DEVICE] * ASSUMED_MFU) / 3600
+  each, hours = found.flops_per_step, found.device_hours
+  say(f"FLOPs             {each:.4g} a step, {found.flops:.4g} in all (1 MAC = 2 FLOP)")
   say(f"estimated cost    {hours:,.1f} device-hours of {REFERENCE_DEVICE} at {ASSUMED_MFU:.0%} MFU")
   say(f"                  (not measured), {hours / n:,.1f} hours on {n} device(s)")

@@ -25,7 +25,7 @@ from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.report import Figures, gather, write_report
-from ssrl_jax.run_folder import open_run_folder, write_results
+from ssrl_jax.run_folder import Facts, open_run_folder, write_results
 from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -61,7 +61,8 @@ def run(argv: list[str]) -> int:
   params, test = abstract_state(experiment).params, open_test(experiment, source)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
-  open_run_folder(folder, config, allow_change=ALLOW_CHANGE.value)
+  facts = Facts(len(source), source.num_classes)
+  open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
   say(f"{config.method.name} with {config.encoder.name} on {source!r}")
   say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
       f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip

@@ -8,19 +8,26 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from ssrl_jax.config import base_config, changed_keys
+from ssrl_jax.config import base_config, changed_keys, flatten
 from ssrl_jax.experiment import Experiment
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.state import TrainState, state_digest
 
 
-def open_run_folder(folder: Path, config: ConfigDict, *, allow_change: bool) -> None:
-  """Makes the folder and writes config.json; refuses one that holds another run.
+class Facts(NamedTuple):
+  """What a run's pictures fixed; with it and config.json the run is loaded without them."""
+
+  num_examples: int
+  num_classes: int | None
+
+
+def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
+  """Makes the folder, writes config.json and data.json; refuses one that holds another run.
 
   Raises:
     ValueError: the folder's config differs in keys that change the computation.
@@ -42,6 +49,13 @@ def open_run_folder(folder: Path, config: ConfigDict, *, allow_change: bool) -> 
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config.to_dict())
+    write_json(folder / "data.json", facts._asdict())
+
+
+def read_facts(folder: Path) -> Facts | None:
+  """None for a run that is older than data.json."""
+  path = folder / "data.json"
+  return Facts(**json.loads(path.read_text())) if path.exists() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -107,18 +121,20 @@ def merge_evaluation(
   step: int,
   state_digest: str,
 ) -> None:
-  """Adds figures to evaluation.json; figures of another state of the run are dropped."""
+  """Adds figures to evaluation.json; those of another state or other pictures are dropped."""
   if jax.process_index() != 0:
     return
-  record = {"step": step, "state_digest": state_digest, "results": {}, "options": {}}
+  same = {"step": step, "state_digest": state_digest, "data": flatten(ConfigDict(options["data"]))}
+  record = same | {"results": {}, "options": {}}
   if path.exists():
     old = json.loads(path.read_text())
-    if old["state_digest"] == state_digest:
-      record |= {key: old[key] for key in ("results", "options") if key in old}
+    if all(old.get(key) == value for key, value in same.items()):
+      record = old
   for encoder, figures in results.items():
     record["results"][encoder] = record["results"].get(encoder, {}) | figures
     for name in {figure.split("/")[0] for figure in figures}:
-      record["options"][name] = options[name]
+      record["options"][name] = options["evaluate"][name]
+  path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, record)
 
 

@@ -10,7 +10,7 @@ from ssrl_jax.config import base_config, changed_keys, flatten, keyword_defaults
 from ssrl_jax.experiment import abstract_state, build, view_specs
 from ssrl_jax.method import ViewSpec
 from ssrl_jax.methods import METHODS
-from ssrl_jax.run_folder import load_config, open_run_folder
+from ssrl_jax.run_folder import Facts, load_config, open_run_folder
 
 RECIPES = sorted(
   p.stem
@@ -112,11 +112,11 @@ def test_view_specs_are_those_with_a_count_and_carry_the_data_s_statistics():
 def test_config_survives_json(name, tmp_path):
   config = recipe(name, "fusion")
   assert changed_keys(json.loads(json.dumps(config.to_dict())), config) == []
-  open_run_folder(tmp_path, config, allow_change=False)
+  open_run_folder(tmp_path, config, Facts(9, 3), allow_change=False)
   loaded = load_config(tmp_path)
   assert flatten(loaded) == flatten(config)
   assert view_specs(loaded) == view_specs(config)  # tuples again, not JSON's lists
-  open_run_folder(tmp_path, loaded, allow_change=False)  # the same run
+  open_run_folder(tmp_path, loaded, Facts(9, 3), allow_change=False)  # the same run
 
 
 @pytest.mark.parametrize(

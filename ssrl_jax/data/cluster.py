@@ -15,23 +15,16 @@ import numpy as np
 from absl import flags
 from sklearn.cluster import MiniBatchKMeans
 
-from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.evaluate.suite import trained_evaluation
-from ssrl_jax.experiment import abstract_state, build, open_split
+from ssrl_jax.evaluate.suite import load_run, trained_evaluation
+from ssrl_jax.experiment import open_split
 from ssrl_jax.main import exit_with_one_line, print_line
-from ssrl_jax.run_folder import load_config
 
 
 def run(folder: Path, num_clusters: int, out: Path, seed: int) -> int:
-  config = load_config(folder)
-  train = open_split(config, "train")
+  experiment, state = load_run(folder)
+  train = open_split(experiment.config, "train")
   if not 2 <= num_clusters <= len(train):
     raise ValueError(f"num_clusters is {num_clusters}; expected 2 to {len(train)}, the examples")
-  experiment = build(config, num_examples=len(train), num_classes=train.num_classes)
-  checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
-  state = checkpoints.restore(abstract_state(experiment))
-  if state is None:
-    raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
   rows = trained_evaluation(experiment, state, train, train).features("train")
   kmeans = MiniBatchKMeans(num_clusters, random_state=seed, n_init=3, batch_size=4096)
   clusters = np.full(len(train), -1, np.int32)  # -1: damaged, so in no cluster

@@ -2,6 +2,7 @@
 
 Evaluates the newest whole checkpoint of a finished or running run, adds the figures to
 DIR/evaluation.json, and writes pictures and tables to DIR/evaluation/. Nothing else is touched.
+`--data.source=folder:PATH` and the other keys of `data` judge it on other pictures.
 """
 
 from __future__ import annotations
@@ -15,23 +16,32 @@ from ml_collections import ConfigDict, config_flags
 
 from ssrl_jax.config import flatten, nearest
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
+from ssrl_jax.experiment import open_split
 from ssrl_jax.main import exit_with_one_line, print_line
 from ssrl_jax.run_folder import load_config, merge_evaluation
 from ssrl_jax.state import state_digest
 
+GROUPS = ("evaluate", "data")  # of a run's config, that an evaluation may change
 
-def run(folder: Path, config: ConfigDict, evals: str, other: Path | None) -> int:
-  config.evaluate.evals = evals
-  loaded = load_run(folder, config)
-  print_line(f"step {int(loaded.state.step)} of {loaded.experiment.total_steps} of {folder}")
-  test = open_test(loaded.experiment, loaded.train)
+
+def run(values: flags.FlagValues, config: ConfigDict) -> int:
+  folder = Path(values.workdir)
+  out = Path(values.out) if values.out else folder / "evaluation.json"
+  config.evaluate.evals = values.evals
+  experiment, state = load_run(folder)
+  other = load_run(Path(values.other)) if values.other else None
+  print_line(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
+  experiment = experiment._replace(config=config)
+  train = open_split(config, "train")
+  test = open_test(experiment, train)
+  encoders = tuple(filter(None, values.encoders.split(",")))
   evaluated = evaluate_run(
-    *loaded, test, evals=evals, say=print_line, folder=folder / "evaluation",
-    other=load_run(other, load_config(other)) if other else None,
+    experiment, state, train, test, evals=values.evals, say=print_line,
+    folder=out.with_suffix(""), other=other, encoders=encoders,
   )  # fmt: skip
   merge_evaluation(
-    folder / "evaluation.json", evaluated.results, options=config.evaluate.to_dict(),
-    step=int(loaded.state.step), state_digest=state_digest(loaded.state),
+    out, evaluated.results, options={name: config[name].to_dict() for name in GROUPS},
+    step=int(state.step), state_digest=state_digest(state),
   )  # fmt: skip
   print_line(results_table(evaluated.results))
   return 0
@@ -44,24 +54,29 @@ def cli(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "The run's folder.", values)
     flags.DEFINE_string("evals", "knn,linear", "Which, separated by commas.", values)
+    flags.DEFINE_string(
+      "encoders", "", "trained, random_init, raw_pixels; default: as config.evaluate.controls",
+      values,
+    )  # fmt: skip
     flags.DEFINE_string("other", "", "A second run's folder, for what compares two.", values)
+    flags.DEFINE_string("out", "", "File of the figures; default: WORKDIR/evaluation.json", values)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     values(argv, known_only=True)
     if not values.workdir:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")
     config = load_config(Path(values.workdir))
-    known = [f"evaluate.{key}" for key in flatten(config.evaluate)]
-    for key in [a.removeprefix("--").split("=")[0] for a in argv if a.startswith("--evaluate.")]:
-      if key not in known:
+    known = [key for key in flatten(config) if key.split(".")[0] in GROUPS]
+    for key in [a.removeprefix("--").split("=")[0] for a in argv]:
+      if key.split(".")[0] in GROUPS and key not in known:
         raise ValueError(nearest(key, known, "option"))
-    evaluate = config_flags.DEFINE_config_dict(
-      "evaluate", config.evaluate, flag_values=values, lock_config=True
-    )
+    groups = {
+      name: config_flags.DEFINE_config_dict(name, config[name], flag_values=values)
+      for name in GROUPS
+    }
     values.unparse_flags()
     values(argv)
-    config.evaluate = evaluate.value
-    other = Path(values.other) if values.other else None
-    return run(Path(values.workdir), config, values.evals, other)
+    config.update({name: group.value for name, group in groups.items()})
+    return run(values, config)
 
   return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from ml_collections import ConfigDict
 
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.config import nearest
@@ -17,6 +15,7 @@ from ssrl_jax.data.sources import Source, check_same_classes
 from ssrl_jax.evaluate import EVALS, Protocol
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
+from ssrl_jax.run_folder import Facts, load_config, read_facts
 from ssrl_jax.state import TrainState
 
 Results = dict[str, dict[str, float]]  # {"trained": {"knn/accuracy": percent, ...}, ...}
@@ -49,22 +48,24 @@ class Evaluated(NamedTuple):
 class Loaded(NamedTuple):
   experiment: Experiment
   state: TrainState
-  train: Source
 
 
-def load_run(folder: Path, config: ConfigDict) -> Loaded:
-  """The newest whole checkpoint of a run, and what its config makes.
+def load_run(folder: Path) -> Loaded:
+  """The newest whole checkpoint of a run, and what its config makes; its pictures are not needed.
 
   Raises:
     FileNotFoundError: there is none yet.
   """
-  train = open_split(config, "train")
-  experiment = build(config, num_examples=len(train), num_classes=train.num_classes)
+  config, facts = load_config(folder), read_facts(folder)
+  if facts is None:
+    train = open_split(config, "train")
+    facts = Facts(len(train), train.num_classes)
+  experiment = build(config, **facts._asdict())
   checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
   state = checkpoints.restore(abstract_state(experiment))
   if state is None:
     raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
-  return Loaded(experiment, state, train)
+  return Loaded(experiment, state)
 
 
 def open_test(experiment: Experiment, train: Source) -> Source | None:
@@ -75,7 +76,7 @@ def open_test(experiment: Experiment, train: Source) -> Source | None:
   config = experiment.config
   if not select(config.evaluate.evals):
     return None
-  if not experiment.num_classes:
+  if not train.num_classes:
     logging.warning("%r has no labels: k-NN and linear evaluation will not be run", train)
     return None
   try:
@@ -105,7 +106,7 @@ def trained_evaluation(
     weights=method.encoder.weights(state.params, state.method_state),
     train=train,
     test=test,
-    num_classes=experiment.num_classes,
+    num_classes=train.num_classes,
     mesh=experiment.mesh,
     canvas=config.data.canvas,
     size=config.evaluate.size,
@@ -129,8 +130,14 @@ def evaluate_run(
   say: Callable[[str], None],
   folder: Path | None = None,
   other: Loaded | None = None,
+  encoders: Sequence[str] = (),
 ) -> Evaluated:
-  """Runs `evals` ("knn,linear") on the trained encoder and, by config, on both controls.
+  """Runs `evals` ("knn,linear") on the trained encoder and on controls.
+
+  Args:
+    experiment: `experiment.config` says which pictures and how, so it may differ from the run's in
+      the groups data and evaluate.
+    encoders: keys of TITLES; empty: all, or by config the trained one alone.
 
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
   """
@@ -141,17 +148,13 @@ def evaluate_run(
   if other:
     second = trained_evaluation(other.experiment, other.state, train, test)
     trained = dataclasses.replace(trained, other=second)
-  encoders = {"trained": trained}
-  if experiment.config.evaluate.controls:
-    untrained = create_state(experiment)
-    encoders["random_init"] = trained.with_encoder(
-      trained.apply, experiment.method.encoder.weights(untrained.params, untrained.method_state)
-    )
-    encoders["raw_pixels"] = trained.with_encoder(raw_pixels, ())
+  encoders = encoders or tuple(TITLES)[: None if experiment.config.evaluate.controls else 1]
   results: Results = {}
-  for name, evaluation in encoders.items():
+  for name in encoders:
     start, figures = time.perf_counter(), {}
-    evaluation = dataclasses.replace(evaluation, folder=folder and folder / name)
+    evaluation = dataclasses.replace(
+      control(name, trained, experiment), folder=folder and folder / name
+    )
     for key, protocol in chosen.items():
       if protocol.pixels or name != "raw_pixels":
         figures |= protocol.run(evaluation, **experiment.config.evaluate[key])
@@ -159,6 +162,19 @@ def evaluate_run(
       results[name] = figures
       say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
   return Evaluated(results, trained)
+
+
+def control(name: str, trained: Evaluation, experiment: Experiment) -> Evaluation:
+  """The judgement of the encoder `name`, a key of TITLES."""
+  if name not in TITLES:
+    raise ValueError(nearest(name, TITLES, "encoder"))
+  if name == "raw_pixels":
+    return trained.with_encoder(raw_pixels, ())
+  if name == "random_init":
+    state = create_state(experiment)
+    weights = experiment.method.encoder.weights(state.params, state.method_state)
+    return trained.with_encoder(trained.apply, weights)
+  return trained
 
 
 def results_table(results: Results) -> str:

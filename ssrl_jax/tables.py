@@ -1,0 +1,397 @@
+"""python -m ssrl_jax.tables --table=configs/tables/NAME.py[:BUDGET] --workdir=DIR [--data=DIR]
+
+One command for one results table. It trains what is missing (and goes on with what was stopped),
+evaluates what is missing, and writes DIR/NAME-BUDGET.md, .csv, .tex, .png and .json. What was not
+run is shown as not run. Tables that share a folder share its runs.
+--plan         steps, FLOPs and estimated hours of what is missing; nothing is run
+--report       writes the table of what is there; nothing is run
+--rows=i/n     every n-th training from the i-th on, to spread a table over machines
+--merge=A,B    reads the runs of other folders too
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from ssrl_jax.config import change, flatten, nearest
+from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
+from ssrl_jax.evaluate.suite import TITLES, select
+from ssrl_jax.flops import measured_matmul_flops
+from ssrl_jax.main import exit_with_one_line, print_line
+from ssrl_jax.run_folder import write_json
+from ssrl_jax.table_text import write_table
+
+BUDGETS = ("local", "paper")
+Execute = Callable[[list[str], Path], int]  # (command, log) -> exit status
+
+
+class Training(NamedTuple):
+  """What is trained: a recipe and what a table changes in it."""
+
+  recipe: str  # configs/FILE.py:METHOD
+  overrides: Mapping[str, Any] = {}  # {path in the config: value}
+
+  @property
+  def name(self) -> str:
+    """Readable, and another one for other overrides."""
+    file, _, method = self.recipe.partition(":")
+    text = json.dumps([self.recipe, sorted(self.overrides.items())], default=list)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{Path(file).stem}-{method}-{digest}"
+
+
+class Judge(NamedTuple):
+  """How a trained encoder is judged: protocols, and their options where they are not the run's."""
+
+  evals: str  # "knn,linear"
+  options: Mapping[str, Any] = {}  # {"evaluate.knn.k": 10, "data.source": ...}
+  of: str = ""  # a Training's `name`: another run, for what compares two
+
+
+class Row(NamedTuple):
+  title: str
+  training: Training
+  seeds: tuple[int, ...] = (0,)
+  encoder: str = "trained"  # or random_init, raw_pixels: the controls of that training
+  claims: Mapping[str, float] = {}  # {title of a column: what the source claims}
+
+
+class Column(NamedTuple):
+  title: str
+  judge: str  # key of Table.judges, or "run": results.json of the run itself
+  figure: str  # "linear/accuracy"; of "run": see `run_figures`
+  decimals: int = 1
+  lower_is_better: bool = False
+
+
+class Table(NamedTuple):
+  title: str
+  text: str  # what it shows, on which data, at which budget
+  source: str  # of the claims: paper, data, encoder
+  rows: tuple[Row, ...]
+  columns: tuple[Column, ...]
+  judges: Mapping[str, Judge]
+  subject: str = ""  # title of the row whose gaps to `baselines` are shown
+  baselines: tuple[str, ...] = ()
+
+
+def load_table(spec: str, data: str) -> tuple[str, Table]:
+  """ "configs/tables/linear.py:local" -> "linear-local", its table.
+
+  Raises:
+    ValueError, FileNotFoundError: no such file or budget, or a row, column or option that names
+      nothing.
+  """
+  path, _, budget = spec.partition(":")
+  budget = budget or BUDGETS[0]
+  if budget not in BUDGETS:
+    raise ValueError(nearest(budget, BUDGETS, "budget"))
+  table = _module(path).get_table(budget, data)
+  titles = [row.title for row in table.rows]
+  for title in (*table.baselines, *filter(None, [table.subject])):
+    if title not in titles:
+      raise ValueError(f"{path}: {nearest(title, titles, 'row')}")
+  if len(set(titles)) < len(titles):
+    raise ValueError(f"{path}: two rows have one title")
+  for row in table.rows:
+    resolve(row.training)
+    if row.encoder not in TITLES:
+      raise ValueError(f"{path}: {nearest(row.encoder, TITLES, 'encoder')}")
+    for title in row.claims:
+      if title not in [c.title for c in table.columns]:
+        raise ValueError(f"{path}: {nearest(title, [c.title for c in table.columns], 'column')}")
+  for column in table.columns:
+    if column.judge not in (*table.judges, "run"):
+      raise ValueError(f"{path}: {nearest(column.judge, (*table.judges, 'run'), 'judge')}")
+  for judge in table.judges.values():
+    select(judge.evals)
+    for row in table.rows:
+      _check_options(judge, resolve(row.training))
+  return f"{Path(path).stem}-{budget}", table
+
+
+def _module(path: str) -> Any:
+  if not Path(path).is_file():
+    raise FileNotFoundError(f"no file {path}; tables are in configs/tables/")
+  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def resolve(training: Training) -> ConfigDict:
+  """The config of a training."""
+  path, _, method = training.recipe.partition(":")
+  config = _module(path).get_config(*filter(None, [method]))
+  change(config, dict(training.overrides))
+  return config
+
+
+def _check_options(judge: Judge, config: ConfigDict) -> None:
+  known = [key for key in flatten(config) if key.split(".")[0] in ("evaluate", "data")]
+  for key in judge.options:
+    if key not in known:
+      raise ValueError(nearest(key, known, "option of an evaluation"))
+
+
+class Run(NamedTuple):
+  """One training with one seed, and which of its encoders are asked for."""
+
+  training: Training
+  seed: int
+  encoders: tuple[str, ...]
+
+  def folder(self, workdirs: Sequence[Path]) -> Path:
+    """Where it is; if it is nowhere, where it will be: in the first of `workdirs`."""
+    name = f"{self.training.name}-{self.seed}"
+    found = [w / "runs" / name for w in workdirs if (w / "runs" / name / "results.json").exists()]
+    return (found or [workdirs[0] / "runs" / name])[0]
+
+
+def runs_of(table: Table) -> list[Run]:
+  """Every training and seed once, in the order of the rows."""
+  encoders: dict[tuple[str, int], list[str]] = {}
+  trainings: dict[str, Training] = {}
+  for row in table.rows:
+    trainings[row.training.name] = row.training
+    for seed in row.seeds:
+      wanted = encoders.setdefault((row.training.name, seed), [])
+      if row.encoder not in wanted:
+        wanted.append(row.encoder)
+  return [Run(trainings[name], seed, tuple(e)) for (name, seed), e in encoders.items()]
+
+
+def train_command(run: Run, folder: Path) -> list[str]:
+  overrides = {"seed": run.seed, **run.training.overrides, "evaluate.evals": ""}
+  changes = [f"--config.{key}={_as_flag(value)}" for key, value in overrides.items()]
+  start = [sys.executable, "-m", "ssrl_jax.main", f"--config={run.training.recipe}"]
+  return [*start, f"--workdir={folder}", *changes, "--config.evaluate.report=False"]
+
+
+def judge_command(
+  judge: Judge, folder: Path, out: Path, encoders: Sequence[str], other: Path | None
+) -> list[str]:
+  options = [f"--{key}={_as_flag(value)}" for key, value in judge.options.items()]
+  start = [sys.executable, "-m", "ssrl_jax.evaluate", f"--workdir={folder}", f"--out={out}"]
+  compared = [f"--other={other}"] if other else []
+  return [*start, f"--evals={judge.evals}", f"--encoders={','.join(encoders)}", *options, *compared]
+
+
+def _as_flag(value: Any) -> str:
+  return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def finished(folder: Path) -> bool:
+  """Whether a run was trained to its end, or to a loss that is not finite."""
+  return (folder / "results.json").exists() or (folder / "non_finite.json").exists()
+
+
+def judged_file(folder: Path, key: str, judge: Judge) -> Path:
+  """Where a judge's figures of a run are: another file for other options."""
+  text = json.dumps([judge.evals, sorted(judge.options.items()), judge.of], default=list)
+  return folder / "judged" / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+
+
+def figures_of(path: Path) -> dict[str, dict[str, float]]:
+  return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def missing(
+  table: Table, workdirs: Sequence[Path]
+) -> tuple[list[Run], list[tuple[Run, str, tuple[str, ...]]]]:
+  """The runs to train, and of each run the judges and the encoders that they have not seen."""
+  to_train, to_judge = [], []
+  for run in runs_of(table):
+    folder = run.folder(workdirs)
+    if not finished(folder):
+      to_train.append(run)
+    for key, judge in table.judges.items():
+      done = figures_of(judged_file(folder, key, judge))
+      protocols = select(judge.evals).values()
+      pixels = any(p.pixels for p in protocols)
+      wanted = [e for e in run.encoders if e != "raw_pixels" or pixels]
+      left = tuple(e for e in wanted if e not in done)
+      if left and not (folder / "non_finite.json").exists():
+        to_judge.append((run, key, left))
+  return to_train, to_judge
+
+
+def execute(command: list[str], log: Path) -> int:
+  """Runs a command; what it prints goes to `log`, behind what is there."""
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with log.open("a") as file:
+    return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def make(
+  table: Table,
+  workdirs: Sequence[Path],
+  *,
+  part: tuple[int, int] = (1, 1),
+  run_command: Execute = execute,
+  say: Callable[[str], None] = print_line,
+) -> list[str]:
+  """Trains and evaluates what is missing; returns what failed, a line each."""
+  mine = {(r.training.name, r.seed) for r in runs_of(table)[part[0] - 1 :: part[1]]}
+  failed: list[str] = []
+
+  def do(command: list[str], run: Run, what: str) -> None:
+    folder = run.folder(workdirs)
+    say(f"{folder.name}: {what}")
+    log = folder / "table.log"
+    status = run_command(command, log)
+    if status and not (folder / "non_finite.json").exists():
+      last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
+      failed.append(f"{folder.name}: {what} failed with {status}: {' '.join(last)}")
+      say(failed[-1])
+
+  to_train, _ = missing(table, workdirs)
+  for run in to_train:
+    if (run.training.name, run.seed) in mine:
+      do(train_command(run, run.folder(workdirs)), run, "train")
+  _, to_judge = missing(table, workdirs)
+  by_name = {r.training.name: r for r in reversed(runs_of(table))}
+  for run, key, encoders in to_judge:
+    folder, judge = run.folder(workdirs), table.judges[key]
+    if (run.training.name, run.seed) in mine and finished(folder):
+      other = by_name[judge.of].folder(workdirs) if judge.of else None
+      out = judged_file(folder, key, judge)
+      do(judge_command(judge, folder, out, encoders, other), run, f"{key} of {', '.join(encoders)}")
+  return failed
+
+
+def run_figures(folder: Path) -> dict[str, float]:
+  """Of the run itself: cost, and whether it diverged.
+
+  minutes: wall clock of the process that finished it. cpu_minutes: its processor time over all
+  threads. images_per_second: median over the log. diverged: 1 where the loss was not finite.
+  """
+  if (folder / "non_finite.json").exists():
+    return {"diverged": 1.0}
+  record = json.loads((folder / "results.json").read_text())
+  return {
+    "diverged": 0.0,
+    "minutes": record["wall_seconds"] / 60,
+    "cpu_minutes": record["cpu_seconds"] / 60,
+    "images_per_second": record["images_per_second"],
+    "step": record["step"],
+  }
+
+
+def values(table: Table, row: Row, column: Column, workdirs: Sequence[Path]) -> dict[int, float]:
+  """{seed: figure} of what there is."""
+  found = {}
+  for seed in row.seeds:
+    folder = Run(row.training, seed, (row.encoder,)).folder(workdirs)
+    if not finished(folder):
+      continue
+    if column.judge == "run":
+      figures = run_figures(folder) if row.encoder == "trained" else {}
+    else:
+      path = judged_file(folder, column.judge, table.judges[column.judge])
+      figures = figures_of(path).get(row.encoder, {})
+    if figures.get(column.figure) is not None:
+      found[seed] = float(figures[column.figure])
+  return found
+
+
+def plan(table: Table, workdirs: Sequence[Path], *, say: Callable[[str], None]) -> None:
+  """Prints what is missing and what training it would cost."""
+  to_train, to_judge = missing(table, workdirs)
+  here = measured_matmul_flops() * ASSUMED_MFU * 3600
+  total_reference = total_here = 0.0
+  say(f"{'run':<44}{'steps':>9}{'FLOP a step':>13}{'FLOPs':>10}{'H200 h':>9}{'here h':>9}")
+  costs: dict[str, Any] = {}
+  for run in to_train:
+    name = run.training.name
+    if name not in costs:
+      costs[name] = cost(assumed_experiment(resolve(run.training)))
+    c = costs[name]
+    total_reference, total_here = total_reference + c.device_hours, total_here + c.flops / here
+    say(
+      f"{name + '-' + str(run.seed):<44}{c.steps:>9,}{c.flops_per_step:>13.3g}{c.flops:>10.2g}"
+      f"{c.device_hours:>9.2g}{c.flops / here:>9.2g}"
+    )
+  say(
+    f"{len(to_train)} trainings, {len(to_judge)} evaluations missing; training: "
+    f"{total_reference:.2g} device-hours of {REFERENCE_DEVICE} (data sheet), {total_here:.2g} "
+    f"hours here (matrix product measured now), both at an assumed {ASSUMED_MFU:.0%} MFU; "
+    "evaluations are not in it"
+  )
+
+
+def cli(argv: list[str]) -> int:
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+
+  def program() -> int:
+    v = flags.FlagValues()
+    flags.DEFINE_string("table", "", "configs/tables/NAME.py[:BUDGET]", v)
+    flags.DEFINE_string("workdir", "", "Folder of runs and tables.", v)
+    flags.DEFINE_string("data", "data", "Folder of the data sets of the local budget.", v)
+    flags.DEFINE_string("rows", "1/1", "i/n: every n-th training from the i-th on.", v)
+    flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", v)
+    flags.DEFINE_bool("plan", False, "Only print what is missing and its cost.", v)
+    flags.DEFINE_bool("report", False, "Only write the table of what there is.", v)
+    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", v)
+    v(argv)
+    if not v.table or not v.workdir:
+      raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")
+    name, table = load_table(v.table, v.data)
+    workdirs = [Path(w) for w in (v.workdir, *filter(None, v.merge.split(",")))]
+    if v.plan:
+      plan(table, workdirs, say=print_line)
+      return 0
+    failed = [] if v.report else make(table, workdirs, part=parse_part(v.rows))
+    command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
+    record = measured(table, workdirs)
+    write_json(workdirs[0] / f"{name}.json", record | {"command": command})
+    print_line(write_table(workdirs[0] / name, record, command=command))
+    for line in failed:
+      print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+  """ "2/3" -> (2, 3)."""
+  i, _, n = text.partition("/")
+  if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+    raise ValueError(f"--rows is {text!r}; expected i/n with i from 1 to n, e.g. 2/3")
+  return int(i), int(n)
+
+
+def measured(table: Table, workdirs: Sequence[Path]) -> dict[str, Any]:
+  """Everything that a table shows, as plain data."""
+  rows = []
+  for row in table.rows:
+    cells = {c.title: values(table, row, c, workdirs) for c in table.columns}
+    rows.append(
+      {
+        "title": row.title, "recipe": row.training.recipe, "encoder": row.encoder,
+        "overrides": dict(row.training.overrides), "seeds": list(row.seeds),
+        "claims": dict(row.claims), "cells": cells,
+      }
+    )  # fmt: skip
+  return {
+    "title": table.title, "text": table.text, "source": table.source, "rows": rows,
+    "columns": [c._asdict() for c in table.columns], "subject": table.subject,
+    "baselines": list(table.baselines),
+    "judges": {k: {"evals": j.evals, "options": dict(j.options)} for k, j in table.judges.items()},
+  }  # fmt: skip
+
+
+if __name__ == "__main__":
+  sys.exit(cli(sys.argv))

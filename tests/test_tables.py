@@ -1,0 +1,219 @@
+"""One command a table: what is missing is found and run once; what is shown has its comparison."""
+
+import csv
+import json
+import statistics
+
+import pytest
+
+from ssrl_jax import tables
+from ssrl_jax.tables import Column, Judge, Row, Table, Training
+
+SMOKE = "configs/smoke.py:simclr"
+OURS, THEIRS = Training("configs/smoke.py:fusion", {"epochs": 2.0}), Training(SMOKE)
+TABLE = Table(
+  title="Linear",
+  text="Toy.",
+  source="Nobody 2026",
+  rows=(
+    Row("fusion", OURS, seeds=(0, 1, 2), claims={"linear %": 77.8}),
+    Row("simclr", THEIRS, seeds=(0, 1), claims={"linear %": 69.3}),
+    Row("random init", THEIRS, seeds=(0,), encoder="random_init"),
+    Row("raw pixels", OURS, seeds=(0,), encoder="raw_pixels"),
+  ),
+  columns=(
+    Column("linear %", "frozen", "linear/accuracy"),
+    Column("minutes", "run", "minutes", decimals=2),
+  ),
+  judges={"frozen": Judge("linear", {"evaluate.linear.epochs": 3})},
+  subject="fusion",
+  baselines=("simclr", "random init"),
+)
+# {(method, seed, encoder): accuracy} that the stand-in for training and judging reports.
+ACCURACY = {
+  ("fusion", 0, "trained"): 50.0, ("fusion", 1, "trained"): 52.0, ("fusion", 2, "trained"): 57.0,
+  ("simclr", 0, "trained"): 45.0, ("simclr", 1, "trained"): 49.0,
+  ("simclr", 0, "random_init"): 30.0, ("fusion", 0, "raw_pixels"): 20.0,
+}  # fmt: skip
+
+
+class Stand_in:
+  """Does what the commands do to the folders, and keeps what it was asked."""
+
+  def __init__(self, fails=lambda command: False, diverges=lambda command: False):
+    self.commands, self.fails, self.diverges = [], fails, diverges
+
+  def __call__(self, command, log):
+    self.commands.append(command)
+    options = dict(a.removeprefix("--").split("=", 1) for a in command if a.startswith("--"))
+    folder = tables.Path(options["workdir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if self.fails(command):
+      log.write_text("error: out of luck\n")
+      return 1
+    if "ssrl_jax.main" in command:
+      if self.diverges(command):
+        (folder / "non_finite.json").write_text("{}")
+        return 1
+      record = {"wall_seconds": 90, "cpu_seconds": 60, "images_per_second": 10.0, "step": 8}
+      (folder / "results.json").write_text(json.dumps(record))
+      return 0
+    _, method, _, seed = folder.name.split("-")
+    results = {
+      e: {"linear/accuracy": ACCURACY[method, int(seed), e]} for e in options["encoders"].split(",")
+    }
+    out = tables.Path(options["out"])
+    out.parent.mkdir(exist_ok=True)
+    old = json.loads(out.read_text())["results"] if out.exists() else {}
+    out.write_text(json.dumps({"results": old | results}))
+    return 0
+
+
+def make(tmp_path, stand_in, table=TABLE, **options):
+  return tables.make(table, [tmp_path], run_command=stand_in, say=lambda line: None, **options)
+
+
+def kinds(stand_in):
+  return [c[2].rpartition(".")[2] for c in stand_in.commands]
+
+
+def test_every_training_and_judgement_is_run_once_and_never_again(tmp_path):
+  stand_in = Stand_in()
+  assert make(tmp_path, stand_in) == []
+  assert kinds(stand_in) == ["main"] * 5 + ["evaluate"] * 5
+  first, judged = stand_in.commands[0], stand_in.commands[5]
+  assert "--config=configs/smoke.py:fusion" in first
+  assert {"--config.epochs=2.0", "--config.seed=0", "--config.evaluate.evals="} <= set(first)
+  assert {"--evals=linear", "--encoders=trained,raw_pixels"} <= set(judged)
+  assert "--evaluate.linear.epochs=3" in judged
+  again = Stand_in()
+  assert make(tmp_path, again) == []
+  assert again.commands == []
+
+
+def test_cells_hold_mean_and_deviation_gaps_are_seed_by_seed_and_claims_stand_beside(tmp_path):
+  make(tmp_path, Stand_in())
+  record = tables.measured(TABLE, [tmp_path])
+  text = tables.write_table(tmp_path / "linear", record, command="the command")
+  deviation = statistics.stdev([50, 52, 57])
+  assert f"| fusion | 3 of 3 | 53.0 ± {deviation:.1f} | 77.8 | 1.50 ± 0.00 |" in text
+  assert "| simclr | 2 of 2 | 47.0 ± 2.8 | 69.3 |" in text
+  assert "| random init | 1 of 1 | 30.0 |  | not run |" in text  # a control has no cost of its own
+  assert f"| fusion - simclr | +4.0 ± {statistics.stdev([5, 3]):.1f} | +8.5 |" in text
+  assert "| fusion - random init | +20.0 |  |" in text
+  assert "Nobody 2026; they are not ours" in text
+  assert "the command" in text
+  assert "`evaluate.linear.epochs=3`" in text
+  with (tmp_path / "linear.csv").open() as file:
+    lines = list(csv.reader(file))
+  assert ["fusion", "linear %", "1", "52.0", "77.8"] in lines
+  latex = (tmp_path / "linear.tex").read_text()
+  assert r"fusion & 3 of 3 & 53.0 $\pm$ 3.6 & 77.8 & 1.50 $\pm$ 0.00 \\" in latex
+  assert (tmp_path / "linear.png").stat().st_size > 5000
+
+
+def test_what_was_not_run_is_said_and_an_unfinished_table_is_no_error(tmp_path):
+  record = tables.measured(TABLE, [tmp_path])
+  text = tables.write_table(tmp_path / "linear", record, command="c")
+  assert "| fusion | 0 of 3 | not run | 77.8 | not run |" in text
+  assert "| fusion - simclr | not run | +8.5 |" in text
+
+
+def test_parts_of_a_table_are_disjoint_and_merge_to_the_whole(tmp_path):
+  done = []
+  for i in (1, 2):
+    stand_in = Stand_in()
+    assert make(tmp_path / str(i), stand_in, part=(i, 2)) == []
+    done.append(stand_in)
+  assert [kinds(s).count("main") for s in done] == [3, 2]
+  folders = [tmp_path / "1", tmp_path / "2"]
+  assert tables.missing(TABLE, folders) == ([], [])
+  make(tmp_path / "whole", Stand_in())
+  assert tables.measured(TABLE, folders) == tables.measured(TABLE, [tmp_path / "whole"])
+
+
+def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
+  stand_in = Stand_in(fails=lambda c: "ssrl_jax.main" in c and "--config.seed=1" in c)
+  failed = make(tmp_path, stand_in)
+  assert len(failed) == 2
+  assert all("-1: train failed with 1: error: out of luck" in line for line in failed)
+  assert kinds(stand_in).count("evaluate") == 3
+  assert make(tmp_path, Stand_in()) == []  # the same command does what is left
+  assert tables.missing(TABLE, [tmp_path]) == ([], [])
+
+
+def test_divergence_is_counted_and_leaves_the_mean_alone(tmp_path):
+  table = TABLE._replace(columns=(*TABLE.columns, Column("diverged", "run", "diverged", 2)))
+  stand_in = Stand_in(diverges=lambda c: "--config.seed=2" in c)
+  assert make(tmp_path, stand_in, table=table) == []
+  text = tables.write_table(tmp_path / "t", tables.measured(table, [tmp_path]), command="c")
+  assert "| fusion | 3 of 3 | 51.0 ± 1.4 | 77.8 | 1.50 ± 0.00 | 0.33 ± 0.58 |" in text
+
+
+def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
+  make(tmp_path, Stand_in())
+  other = TABLE._replace(judges={"frozen": Judge("linear", {"evaluate.linear.epochs": 4})})
+  stand_in = Stand_in()
+  make(tmp_path, stand_in, table=other)
+  assert kinds(stand_in) == ["evaluate"] * 5
+  assert tables.missing(TABLE, [tmp_path]) == ([], [])
+
+
+def test_other_overrides_are_another_run():
+  assert Training(SMOKE).name.startswith("smoke-simclr-")
+  assert Training(SMOKE).name != Training(SMOKE, {"epochs": 3.0}).name
+  one, two = {"epochs": 3.0, "seed": 1}, {"seed": 1, "epochs": 3.0}
+  assert Training(SMOKE, one).name == Training(SMOKE, two).name
+
+
+def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
+  tables.plan(TABLE, [tmp_path], say=print)
+  out = capsys.readouterr().out
+  assert f"{OURS.name}-0 " in out
+  assert "5 trainings, 5 evaluations missing" in out
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"baselines": ("simclrr",)}, "unknown row 'simclrr'; did you mean 'simclr'"),
+    ({"columns": (Column("a", "frozn", "b"),)}, "unknown column 'linear %'|'frozn'"),
+    ({"judges": {"frozen": Judge("linaer")}}, "unknown evaluation 'linaer'; did you mean 'linear'"),
+    (
+      {"judges": {"frozen": Judge("linear", {"evaluate.linear.epoch": 3})}},
+      "unknown option of an evaluation 'evaluate.linear.epoch'",
+    ),
+    (
+      {"rows": (Row("fusion", Training(SMOKE, {"epoch": 3})), *TABLE.rows[1:])},
+      "unknown config key 'epoch'; did you mean 'epochs'",
+    ),
+    ({"rows": (*TABLE.rows, TABLE.rows[0])}, "two rows have one title"),
+    (
+      {"rows": (TABLE.rows[0]._replace(encoder="random"), *TABLE.rows[1:])},
+      "unknown encoder 'random'; did you mean 'random_init'",
+    ),
+  ],
+)  # fmt: skip
+def test_a_table_that_names_nothing_is_refused(tmp_path, monkeypatch, change, message):
+  path = tmp_path / "bad.py"
+  path.write_text("TABLE = None\ndef get_table(budget, data):\n  return TABLE\n")
+  module = tables._module(str(path))
+  module.TABLE = TABLE._replace(**change)
+  real = tables._module
+  monkeypatch.setattr(tables, "_module", lambda p: module if p == str(path) else real(p))
+  with pytest.raises(ValueError, match=message):
+    tables.load_table(str(path), "data")
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
+def test_rows_that_are_no_part_are_refused(text):
+  with pytest.raises(ValueError, match="expected i/n"):
+    tables.parse_part(text)
+
+
+def test_unknown_file_and_budget_are_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="configs/tables"):
+    tables.load_table("configs/tables/none.py", "data")
+  with pytest.raises(ValueError, match="unknown budget 'locl'; did you mean 'local'"):
+    tables.load_table("configs/smoke.py:locl", "data")
