@@ -33,6 +33,7 @@ from ssrl_jax.main import exit_with_one_line, print_line
 from ssrl_jax.run_folder import write_json
 from ssrl_jax.table_text import write_table
 
+DATA = "{data}"  # in a value of a table: the folder of the data sets, wherever that is
 BUDGETS = ("local", "paper")
 Execute = Callable[[list[str], Path], int]  # (command, log) -> exit status
 
@@ -41,7 +42,9 @@ class Training(NamedTuple):
   """What is trained: a recipe and what a table changes in it."""
 
   recipe: str  # configs/FILE.py:METHOD
-  overrides: Mapping[str, Any] = {}  # {path in the config: value}
+  overrides: Mapping[
+    str, Any
+  ] = {}  # {path in the config: value}; DATA in a value stands for --data
 
   @property
   def name(self) -> str:
@@ -87,7 +90,7 @@ class Table(NamedTuple):
   baselines: tuple[str, ...] = ()
 
 
-def load_table(spec: str, data: str) -> tuple[str, Table]:
+def load_table(spec: str) -> tuple[str, Table]:
   """ "configs/tables/linear.py:local" -> "linear-local", its table.
 
   Raises:
@@ -98,7 +101,7 @@ def load_table(spec: str, data: str) -> tuple[str, Table]:
   budget = budget or BUDGETS[0]
   if budget not in BUDGETS:
     raise ValueError(nearest(budget, BUDGETS, "budget"))
-  table = _module(path).get_table(budget, data)
+  table = _module(path).get_table(budget)
   titles = [row.title for row in table.rows]
   for title in (*table.baselines, *filter(None, [table.subject])):
     if title not in titles:
@@ -173,24 +176,25 @@ def runs_of(table: Table) -> list[Run]:
   return [Run(trainings[name], seed, tuple(e)) for (name, seed), e in encoders.items()]
 
 
-def train_command(run: Run, folder: Path) -> list[str]:
+def train_command(run: Run, folder: Path, data: str) -> list[str]:
   overrides = {"seed": run.seed, **run.training.overrides, "evaluate.evals": ""}
-  changes = [f"--config.{key}={_as_flag(value)}" for key, value in overrides.items()]
+  changes = [f"--config.{key}={_as_flag(value, data)}" for key, value in overrides.items()]
   start = [sys.executable, "-m", "ssrl_jax.main", f"--config={run.training.recipe}"]
   return [*start, f"--workdir={folder}", *changes, "--config.evaluate.report=False"]
 
 
 def judge_command(
-  judge: Judge, folder: Path, out: Path, encoders: Sequence[str], other: Path | None
+  judge: Judge, folder: Path, out: Path, encoders: Sequence[str], other: Path | None, data: str
 ) -> list[str]:
-  options = [f"--{key}={_as_flag(value)}" for key, value in judge.options.items()]
+  options = [f"--{key}={_as_flag(value, data)}" for key, value in judge.options.items()]
   start = [sys.executable, "-m", "ssrl_jax.evaluate", f"--workdir={folder}", f"--out={out}"]
   compared = [f"--other={other}"] if other else []
   return [*start, f"--evals={judge.evals}", f"--encoders={','.join(encoders)}", *options, *compared]
 
 
-def _as_flag(value: Any) -> str:
-  return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
+def _as_flag(value: Any, data: str) -> str:
+  text = str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
+  return text.replace(DATA, data)
 
 
 def finished(folder: Path) -> bool:
@@ -239,6 +243,7 @@ def make(
   table: Table,
   workdirs: Sequence[Path],
   *,
+  data: str = "data",
   part: tuple[int, int] = (1, 1),
   run_command: Execute = execute,
   say: Callable[[str], None] = print_line,
@@ -260,7 +265,7 @@ def make(
   to_train, _ = missing(table, workdirs)
   for run in to_train:
     if (run.training.name, run.seed) in mine:
-      do(train_command(run, run.folder(workdirs)), run, "train")
+      do(train_command(run, run.folder(workdirs), data), run, "train")
   _, to_judge = missing(table, workdirs)
   by_name = {r.training.name: r for r in reversed(runs_of(table))}
   for run, key, encoders in to_judge:
@@ -268,7 +273,11 @@ def make(
     if (run.training.name, run.seed) in mine and finished(folder):
       other = by_name[judge.of].folder(workdirs) if judge.of else None
       out = judged_file(folder, key, judge)
-      do(judge_command(judge, folder, out, encoders, other), run, f"{key} of {', '.join(encoders)}")
+      do(
+        judge_command(judge, folder, out, encoders, other, data),
+        run,
+        f"{key} of {', '.join(encoders)}",
+      )
   return failed
 
 
@@ -348,12 +357,12 @@ def cli(argv: list[str]) -> int:
     v(argv)
     if not v.table or not v.workdir:
       raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")
-    name, table = load_table(v.table, v.data)
+    name, table = load_table(v.table)
     workdirs = [Path(w) for w in (v.workdir, *filter(None, v.merge.split(",")))]
     if v.plan:
       plan(table, workdirs, say=print_line)
       return 0
-    failed = [] if v.report else make(table, workdirs, part=parse_part(v.rows))
+    failed = [] if v.report else make(table, workdirs, data=v.data, part=parse_part(v.rows))
     command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
     record = measured(table, workdirs)
     write_json(workdirs[0] / f"{name}.json", record | {"command": command})

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,7 @@ class Stand_in:
   def __call__(self, command, log):
     self.commands.append(command)
     options = dict(a.removeprefix("--").split("=", 1) for a in command if a.startswith("--"))
-    folder = tables.Path(options["workdir"])
+    folder = Path(options["workdir"])
     folder.mkdir(parents=True, exist_ok=True)
     if self.fails(command):
       log.write_text("error: out of luck\n")
@@ -62,7 +63,7 @@ class Stand_in:
     results = {
       e: {"linear/accuracy": ACCURACY[method, int(seed), e]} for e in options["encoders"].split(",")
     }
-    out = tables.Path(options["out"])
+    out = Path(options["out"])
     out.parent.mkdir(exist_ok=True)
     old = json.loads(out.read_text())["results"] if out.exists() else {}
     out.write_text(json.dumps({"results": old | results}))
@@ -159,6 +160,22 @@ def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
   assert tables.missing(TABLE, [tmp_path]) == ([], [])
 
 
+@pytest.mark.parametrize("budget", tables.BUDGETS)
+@pytest.mark.parametrize("path", sorted(Path("configs/tables").glob("[a-z]*.py")), ids=str)
+def test_every_table_file_names_only_what_exists(path, budget):
+  name, table = tables.load_table(f"{path}:{budget}")
+  assert name == f"{path.stem}-{budget}"
+  assert table.rows
+  assert table.columns
+
+
+def test_data_sets_may_lie_anywhere_without_another_name():
+  training = Training(SMOKE, {"data.source": "folder:{data}/set"})
+  command = tables.train_command(tables.Run(training, 0, ()), Path("run"), "/mnt/x")
+  assert "--config.data.source=folder:/mnt/x/set" in command
+  assert "mnt" not in training.name
+
+
 def test_other_overrides_are_another_run():
   assert Training(SMOKE).name.startswith("smoke-simclr-")
   assert Training(SMOKE).name != Training(SMOKE, {"epochs": 3.0}).name
@@ -197,13 +214,13 @@ def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
 )  # fmt: skip
 def test_a_table_that_names_nothing_is_refused(tmp_path, monkeypatch, change, message):
   path = tmp_path / "bad.py"
-  path.write_text("TABLE = None\ndef get_table(budget, data):\n  return TABLE\n")
+  path.write_text("TABLE = None\ndef get_table(budget):\n  return TABLE\n")
   module = tables._module(str(path))
   module.TABLE = TABLE._replace(**change)
   real = tables._module
   monkeypatch.setattr(tables, "_module", lambda p: module if p == str(path) else real(p))
   with pytest.raises(ValueError, match=message):
-    tables.load_table(str(path), "data")
+    tables.load_table(str(path))
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
@@ -214,6 +231,6 @@ def test_rows_that_are_no_part_are_refused(text):
 
 def test_unknown_file_and_budget_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="configs/tables"):
-    tables.load_table("configs/tables/none.py", "data")
+    tables.load_table("configs/tables/none.py")
   with pytest.raises(ValueError, match="unknown budget 'locl'; did you mean 'local'"):
-    tables.load_table("configs/smoke.py:locl", "data")
+    tables.load_table("configs/smoke.py:locl")

@@ -1,0 +1,37 @@
+"""Every method at one budget: k-NN and linear accuracy, with the controls of each encoder."""
+
+from configs.tables import FROZEN, cifar, imagenet
+from ssrl_jax.methods import METHODS
+from ssrl_jax.tables import Column, Judge, Row, Table
+
+CONTROLS = {
+  "ResNet": "simclr",
+  "ResNet with fusion": "fusion",
+  "ResNet with attention": "finegrained",
+  "ViT, mean token": "ijepa",
+  "ViT, class token": "mae",
+}
+
+
+def get_table(budget: str) -> Table:
+  train = cifar if budget == "local" else imagenet
+  rows = [Row(method, train(method)) for method in METHODS]
+  rows += [
+    Row(f"untrained {name}", train(method), encoder="random_init")
+    for name, method in CONTROLS.items()
+  ]
+  if budget == "local":
+    rows.append(Row("raw pixels", train("simclr"), encoder="raw_pixels"))
+    text = (
+      "CIFAR-10, 5,000 training images, 8 epochs, batch 128, one seed; ResNet-8 of width 16, for "
+      "ibot, mae and ijepa vit_nano with patches of 4; one AdamW for all ResNets, one for all ViTs."
+    )
+  else:
+    text = "ImageNet-1k, ResNet-50 (ViT-S or ViT-B for ibot, mae, ijepa), as configs/imagenet.py."
+  columns = (
+    Column("k-NN %", "frozen", "knn/accuracy"),
+    Column("linear %", "frozen", "linear/accuracy"),
+    Column("CPU minutes", "run", "cpu_minutes"),
+    Column("images/s", "run", "images_per_second", decimals=0),
+  )
+  return Table("Methods", text, "", tuple(rows), columns, {"frozen": Judge(FROZEN)})

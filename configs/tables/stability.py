@@ -1,0 +1,32 @@
+"""Stability of training: spread over seeds, and what another learning rate does."""
+
+from configs.tables import FROZEN, cifar, imagenet
+from ssrl_jax.tables import Column, Judge, Row, Table, resolve
+
+FACTORS = (0.3, 1.0, 3.0, 10.0)
+
+
+def get_table(budget: str) -> Table:
+  local = budget == "local"
+  train = cifar if local else imagenet
+  rows = []
+  for method in ("fusion", "simclr", "swav"):
+    base = resolve(train(method)).optim.learning_rate
+    for factor in FACTORS:
+      changes = {} if factor == 1 else {"optim.learning_rate": base * factor}
+      title = f"{method}, learning rate x {factor:g}"
+      rows.append(Row(title, train(method, changes), (0, 1, 2) if factor == 1 else (0,)))
+  return Table(
+    title="Stability",
+    text="CIFAR-10, 5,000 training images, ResNet-8 of width 16, 8 epochs."
+    if local
+    else "ImageNet-1k, ResNet-50, as configs/imagenet.py.",
+    source="",
+    rows=tuple(rows),
+    columns=(
+      Column("k-NN %", "frozen", "knn/accuracy"),
+      Column("linear %", "frozen", "linear/accuracy"),
+      Column("diverged", "run", "diverged", decimals=2, lower_is_better=True),
+    ),
+    judges={"frozen": Judge(FROZEN)},
+  )
