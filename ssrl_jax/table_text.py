@@ -54,7 +54,9 @@ def header_and_body(record: Record) -> tuple[list[str], list[list[str]]]:
     cells = [row["title"], f"{run} of {len(row['seeds'])}"]
     for column in record["columns"]:
       title = column["title"]
-      cells.append(spread(list(row["cells"][title].values()), column["decimals"]))
+      no_cost = not compared(column) and row["encoder"] != "trained"  # a control trains nothing
+      found = list(row["cells"][title].values())
+      cells.append("-" if no_cost else spread(found, column["decimals"]))
       if claimed(record, title):
         cells.append(f"{row['claims'][title]:g}" if title in row["claims"] else "")
     body.append(cells)

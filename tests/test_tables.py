@@ -99,7 +99,7 @@ def test_cells_hold_mean_and_deviation_gaps_are_seed_by_seed_and_claims_stand_be
   deviation = statistics.stdev([50, 52, 57])
   assert f"| fusion | 3 of 3 | 53.0 ± {deviation:.1f} | 77.8 | 1.50 ± 0.00 |" in text
   assert "| simclr | 2 of 2 | 47.0 ± 2.8 | 69.3 |" in text
-  assert "| random init | 1 of 1 | 30.0 |  | not run |" in text  # a control has no cost of its own
+  assert "| random init | 1 of 1 | 30.0 |  | - |" in text  # a control has no cost of its own
   assert f"| fusion - simclr | +4.0 ± {statistics.stdev([5, 3]):.1f} | +8.5 |" in text
   assert "| fusion - random init | +20.0 |  |" in text
   assert "Nobody 2026; they are not ours" in text
