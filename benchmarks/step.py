@@ -10,7 +10,6 @@ an otherwise idle device; parts are timed apart, each compiled on its own, so th
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import statistics
 import time
@@ -18,19 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.common import write_results
 from ssrl_jax import parallel
+from ssrl_jax.config import load_file
 from ssrl_jax.experiment import Experiment, abstract_batch, build, create_state
 from ssrl_jax.flops import peak_flops
 from ssrl_jax.train import compile_step, flops_per_step, loss_views, step_keys
-
-
-def load_recipe(path: str):
-  spec = importlib.util.spec_from_file_location("recipe", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
@@ -104,7 +98,7 @@ def measure(config, *, steps: int) -> dict[str, Any]:
   flops = flops_per_step(experiment)
   return {
     "method": config.method.name,
-    "encoder": f"{config.encoder.name} w{config.encoder.resnet.width}",
+    "encoder": encoder_name(config),
     "size": config.global_views.size,
     "batch": config.batch_size,
     "precision": config.encoder.dtype,
@@ -119,6 +113,11 @@ def measure(config, *, steps: int) -> dict[str, Any]:
   }
 
 
+def encoder_name(config: ConfigDict) -> str:
+  name = config.encoder.name
+  return f"{name} w{config.encoder.resnet.width}" if name.startswith("resnet") else name
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--recipe", default="configs/digits.py")
@@ -129,7 +128,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=20)
   parser.add_argument("--name", default="step")
   options = parser.parse_args()
-  recipe, rows = load_recipe(options.recipe), []
+  recipe, rows = load_file(options.recipe), []
   for method, encoder, batch, precision in itertools.product(
     options.methods.split(","),
     options.encoders.split(","),

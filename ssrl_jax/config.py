@@ -9,8 +9,10 @@ arguments: a knob that exists there exists here, and nowhere else.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -143,6 +145,16 @@ def base_config(method: str) -> ConfigDict:
     c.evaluate[name] = ConfigDict(keyword_defaults(protocol.run))
   c.evaluate.report = True  # write report.html
   return c
+
+
+def load_file(path: str) -> Any:
+  """The module of a recipe or of a table, which are files and no part of the package."""
+  if not Path(path).is_file():
+    raise FileNotFoundError(f"no file {path}; recipes are in configs/, tables in configs/tables/")
+  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def change(config: ConfigDict, changes: dict[str, Any]) -> None:

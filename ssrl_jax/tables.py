@@ -12,7 +12,6 @@ run is shown as not run. Tables that share a folder share its runs.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import shlex
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from ssrl_jax.config import change, flatten, nearest
+from ssrl_jax.config import change, flatten, load_file, nearest
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import TITLES, select
 from ssrl_jax.flops import measured_matmul_flops
@@ -101,7 +100,7 @@ def load_table(spec: str) -> tuple[str, Table]:
   budget = budget or BUDGETS[0]
   if budget not in BUDGETS:
     raise ValueError(nearest(budget, BUDGETS, "budget"))
-  table = _module(path).get_table(budget)
+  table = load_file(path).get_table(budget)
   titles = [row.title for row in table.rows]
   for title in (*table.baselines, *filter(None, [table.subject])):
     if title not in titles:
@@ -125,19 +124,10 @@ def load_table(spec: str) -> tuple[str, Table]:
   return f"{Path(path).stem}-{budget}", table
 
 
-def _module(path: str) -> Any:
-  if not Path(path).is_file():
-    raise FileNotFoundError(f"no file {path}; tables are in configs/tables/")
-  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def resolve(training: Training) -> ConfigDict:
   """The config of a training."""
   path, _, method = training.recipe.partition(":")
-  config = _module(path).get_config(*filter(None, [method]))
+  config = load_file(path).get_config(*filter(None, [method]))
   change(config, dict(training.overrides))
   return config
 

@@ -215,10 +215,10 @@ def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
 def test_a_table_that_names_nothing_is_refused(tmp_path, monkeypatch, change, message):
   path = tmp_path / "bad.py"
   path.write_text("TABLE = None\ndef get_table(budget):\n  return TABLE\n")
-  module = tables._module(str(path))
+  module = tables.load_file(str(path))
   module.TABLE = TABLE._replace(**change)
-  real = tables._module
-  monkeypatch.setattr(tables, "_module", lambda p: module if p == str(path) else real(p))
+  real = tables.load_file
+  monkeypatch.setattr(tables, "load_file", lambda p: module if p == str(path) else real(p))
   with pytest.raises(ValueError, match=message):
     tables.load_table(str(path))
 
