@@ -135,7 +135,7 @@ class Checkpoints:
       raise CheckpointError(
         f"could not save a checkpoint{'' if step is None else f' at step {step}'}: {reason}. "
         f"{f'The one of step {complete[-1]} is safe' if complete else 'None was saved before'}; "
-        "make room on the disk and run the same command again to go on from there"
+        "put that right (a full disk: make room) and the same command goes on from there"
       ) from error
 
 

@@ -23,6 +23,11 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FROZEN = "knn,linear"
 
+# What the rows of a budget have in common, for the text above a table.
+CIFAR_TEXT = "CIFAR-10: ResNet-8 of width 16, 5,000 training images, 8 epochs."
+PHOTOS_TEXT = "Pretrained on 2,800 photographs: ResNet-10 of width 24, 96 px, 12 epochs."
+IMAGENET_TEXT = "ImageNet-1k: ResNet-50, as configs/imagenet.py has it."
+
 CIFAR = {"data.source": f"folder:{DATA}/cifar10", "epochs": 8.0}
 PHOTOS = {"data.source": f"folder:{DATA}/imagenette128"}
 GROCERY = {"data.source": f"folder:{DATA}/grocery128"}

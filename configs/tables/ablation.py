@@ -1,6 +1,6 @@
 """What each part of the fusion system is worth: one row without it, all else equal."""
 
-from configs.tables import FROZEN, cifar, imagenet
+from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
 from ssrl_jax.tables import Column, Judge, Row, Table
 
 LOCAL = {"local_views.count": 2, "local_views.area": (0.05, 0.2)}
@@ -25,9 +25,7 @@ def get_table(budget: str) -> Table:
   rows.append(Row("random init", train("fusion"), seeds, encoder="random_init"))
   return Table(
     title="Ablation of fusion",
-    text="CIFAR-10, 5,000 training images, ResNet-8 of width 16, 8 epochs."
-    if local
-    else "ImageNet-1k, ResNet-50, as configs/imagenet.py.",
+    text=CIFAR_TEXT if local else IMAGENET_TEXT,
     source="",
     rows=tuple(rows),
     columns=(

@@ -1,6 +1,6 @@
 """Linear accuracy of frozen features: Zhang 2026's main table."""
 
-from configs.tables import FROZEN, cifar, imagenet
+from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
 from ssrl_jax.tables import Column, Judge, Row, Table
 
 
@@ -22,9 +22,7 @@ def get_table(budget: str) -> Table:
   ]
   return Table(
     title="Linear evaluation",
-    text="CIFAR-10, 5,000 training images, ResNet-8 of width 16, 8 epochs."
-    if local
-    else "ImageNet-1k, ResNet-50, as configs/imagenet.py.",
+    text=CIFAR_TEXT if local else IMAGENET_TEXT,
     source="Zhang 2026 (ISTAER2616), ImageNet-1k; of the baselines as its stated leads imply",
     rows=tuple(rows),
     columns=(

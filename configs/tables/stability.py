@@ -1,6 +1,6 @@
 """Stability of training: spread over seeds, and what another learning rate does."""
 
-from configs.tables import FROZEN, cifar, imagenet
+from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
 from ssrl_jax.tables import Column, Judge, Row, Table, resolve
 
 FACTORS = (0.3, 1.0, 3.0, 10.0)
@@ -18,9 +18,7 @@ def get_table(budget: str) -> Table:
       rows.append(Row(title, train(method, changes), (0, 1, 2) if factor == 1 else (0,)))
   return Table(
     title="Stability",
-    text="CIFAR-10, 5,000 training images, ResNet-8 of width 16, 8 epochs."
-    if local
-    else "ImageNet-1k, ResNet-50, as configs/imagenet.py.",
+    text=CIFAR_TEXT if local else IMAGENET_TEXT,
     source="",
     rows=tuple(rows),
     columns=(

@@ -80,25 +80,28 @@ def make(
 
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
-    return params, {"batch_stats": stats, "queue": jnp.zeros((NUM_CODED, queue_size, out_dim))}
+    queue = {"queue": jnp.zeros((NUM_CODED, queue_size, out_dim))} if queue_size else {}
+    return params, {"batch_stats": stats, **queue}
 
-  def codes(scores_BK, queue_QP, kernel_KP, step):
+  def codes(scores_BK, view, method_state, kernel_KP, step):
     alone_BK = sinkhorn(scores_BK, eps=eps, iterations=iterations)
     if not queue_size:
       return alone_BK
-    both = jnp.concatenate([scores_BK, queue_QP @ kernel_KP.T])
+    both = jnp.concatenate([scores_BK, method_state["queue"][view] @ kernel_KP.T])
     with_queue_BK = sinkhorn(both, eps=eps, iterations=iterations)[: scores_BK.shape[0]]
     return jnp.where(step >= first_queue_step, with_queue_BK, alone_BK)
 
   def loss(params, method_state, views, key, step):
-    keys, queue = jax.random.split(key), method_state["queue"]
+    keys = jax.random.split(key)
     params = freeze(params, "predictor", step < frozen_steps)
     (h_BVD, z_BVP, s_BVK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     kernel_KP = params["predictor"]["kernel"]
     codes_BTK = jax.lax.stop_gradient(
-      jnp.stack([codes(s_BVK[:, t], queue[t], kernel_KP, step) for t in range(NUM_CODED)], 1)
+      jnp.stack(
+        [codes(s_BVK[:, t], t, method_state, kernel_KP, step) for t in range(NUM_CODED)], axis=1
+      )
     )
     if "local" in views:
       (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
@@ -106,10 +109,12 @@ def make(
     value = cross_view_entropy(codes_BTK, s_BVK, temperature=temperature)
     usage_K = jnp.mean(codes_BTK, axis=(0, 1))
     z_BVP = jax.lax.stop_gradient(normalise(z_BVP))
+    new_state = {"batch_stats": stats}
     if queue_size:
-      queue = jnp.stack([push(queue[t], z_BVP[:, t]) for t in range(NUM_CODED)])
+      old = method_state["queue"]
+      new_state["queue"] = jnp.stack([push(old[t], z_BVP[:, t]) for t in range(NUM_CODED)])
     aux = Aux(
-      method_state={"batch_stats": stats, "queue": queue},
+      method_state=new_state,
       metrics={
         "swapped": value,
         "prototype_entropy": -jnp.sum(jax.scipy.special.xlogy(usage_K, usage_K)),

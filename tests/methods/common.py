@@ -21,6 +21,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   "simclr block": ("simclr", {"method.block": 3}),
   "byol local": ("byol", LOCAL),
   "lejepa local": ("lejepa", LOCAL),
+  "swav": ("swav", {"method.queue_size": 0}),
   "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
   "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
   "moco_v3 vit": ("moco_v3", VIT),

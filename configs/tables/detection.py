@@ -1,0 +1,44 @@
+"""Detection on an encoder's maps: Zhang 2026 claims about +2.5 mAP."""
+
+from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
+from ssrl_jax.tables import DATA, Column, Judge, Row, Table
+
+STEPS = {"local": 300, "paper": 24_000}
+
+
+def get_table(budget: str) -> Table:
+  local = budget == "local"
+  train = photos if local else imagenet
+  rows = [Row(method, train(method)) for method in ("fusion", "simclr", "swav")]
+  rows += [
+    Row("random init", train("simclr"), encoder="random_init"),
+    Row("random init, encoder of fusion", train("fusion"), encoder="random_init"),
+  ]
+  names = (
+    {"blood cells": "bccd240", "nuclei": "nuclei"} if local else {"COCO": "coco", "VOC": "voc"}
+  )
+  columns, judges = [], {}
+  for name, folder in names.items():
+    judges[name] = Judge(
+      "detection",
+      {
+        "evaluate.detection.source": f"coco:{DATA}/{folder}",
+        "evaluate.detection.steps": STEPS[budget],
+        "evaluate.detection.finetune": True,
+        "evaluate.detection.size": 160 if local else 800,
+      },
+    )
+    for figure in ("AP", "AP50", "AP75"):
+      columns.append(Column(f"{name} {figure}", name, f"detection/{figure}"))
+  return Table(
+    title="Detection",
+    text=f"{PHOTOS_TEXT} An FCOS head and the encoder, 300 steps of 16 pictures at 160 px."
+    if local
+    else f"{IMAGENET_TEXT} COCO and VOC in COCO's format.",
+    source="",
+    rows=tuple(rows),
+    columns=tuple(columns),
+    judges=judges,
+    subject="fusion",
+    baselines=tuple(r.title for r in rows[1:]),
+  )

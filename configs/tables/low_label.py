@@ -1,0 +1,38 @@
+"""Few labels: 1 % and 10 % of them, linear on frozen features and fine-tuned."""
+
+from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, cifar, imagenet
+from ssrl_jax.tables import Column, Judge, Row, Table
+
+
+def get_table(budget: str) -> Table:
+  local = budget == "local"
+  train = cifar if local else imagenet
+  seeds = (0, 1, 2) if local else (0,)
+  rows = [Row(method, train(method), seeds) for method in ("fusion", "simclr", "swav")]
+  rows += [
+    Row("random init", train("simclr"), seeds, encoder="random_init"),
+    Row("random init, encoder of fusion", train("fusion"), seeds, encoder="random_init"),
+  ]
+  frozen = {"evaluate.low_label.draws": 5 if local else 1}
+  tuned = {
+    **frozen, "evaluate.low_label.draws": 1, "evaluate.low_label.finetuned": True,
+    "evaluate.low_label.finetune_epochs": 20,
+  }  # fmt: skip
+  return Table(
+    title="Few labels",
+    text=f"{CIFAR_TEXT} 5 and 50 labels of each class. Linear: mean of 5 draws; fine-tuned: "
+    "one draw, 20 epochs."
+    if local
+    else IMAGENET_TEXT,
+    source="",
+    rows=tuple(rows),
+    columns=(
+      Column("1 %, linear", "frozen", "low_label/1pct/accuracy"),
+      Column("10 %, linear", "frozen", "low_label/10pct/accuracy"),
+      Column("1 %, fine-tuned", "tuned", "low_label/1pct/finetuned"),
+      Column("10 %, fine-tuned", "tuned", "low_label/10pct/finetuned"),
+    ),
+    judges={"frozen": Judge("low_label", frozen), "tuned": Judge("low_label", tuned)},
+    subject="fusion",
+    baselines=tuple(r.title for r in rows[1:]),
+  )

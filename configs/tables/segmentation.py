@@ -1,0 +1,38 @@
+"""Segmentation on an encoder's maps: Zhang 2026 claims about +2.5 mIoU."""
+
+from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
+from ssrl_jax.tables import DATA, Column, Judge, Row, Table
+
+STEPS = {"local": 300, "paper": 20_000}
+
+
+def get_table(budget: str) -> Table:
+  local = budget == "local"
+  train = photos if local else imagenet
+  rows = [Row(method, train(method)) for method in ("fusion", "simclr", "swav")]
+  rows += [
+    Row("random init", train("simclr"), encoder="random_init"),
+    Row("random init, encoder of fusion", train("fusion"), encoder="random_init"),
+  ]
+  options = {
+    "evaluate.segmentation.source": f"masks:{DATA}/{'camvid240' if local else 'voc2012'}",
+    "evaluate.segmentation.steps": STEPS[budget],
+    "evaluate.segmentation.size": 160 if local else 512,
+  }
+  tuned = {**options, "evaluate.segmentation.head": "light", "evaluate.segmentation.finetune": True}
+  return Table(
+    title="Segmentation",
+    text=f"{PHOTOS_TEXT} CamVid, 11 classes, 300 steps of 16 pictures at 160 px."
+    if local
+    else f"{IMAGENET_TEXT} VOC 2012 as folders of masks.",
+    source="",
+    rows=tuple(rows),
+    columns=(
+      Column("linear head, frozen, mIoU %", "linear", "segmentation/miou"),
+      Column("pixels %", "linear", "segmentation/pixel_accuracy"),
+      Column("decoder, fine-tuned, mIoU %", "tuned", "segmentation/miou"),
+    ),
+    judges={"linear": Judge("segmentation", options), "tuned": Judge("segmentation", tuned)},
+    subject="fusion",
+    baselines=tuple(r.title for r in rows[1:]),
+  )
