@@ -20,13 +20,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from ssrl_jax.data.decode import FORMATS, orientation
 from ssrl_jax.data.pipeline import Batch, check_at_least
 from ssrl_jax.data.sources import EXTENSIONS, find_split
 
 IGNORE = 255  # of a mask: no class, and what lies outside the picture
 CLIPPED = 0.02  # pixels outside the picture that COCO's own rounding to 0.01 may cause
-
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 class DenseSource(Protocol):
@@ -347,9 +346,10 @@ def _highest(mask: np.ndarray) -> int:
 def _upright_size(path: str | Path) -> tuple[int, int] | None:
   """Height and width as `decode` shows the picture, from its header; None: it cannot be read."""
   try:
-    with Image.open(path) as im:
-      width, height = im.size
-      sideways = im.getexif().get(0x0112) in _SIDEWAYS
+    with Image.open(path, formats=FORMATS) as im:
+      height, width = im.size[::-1]
+      # Asked for it, Pillow would decode a whole PNG to see whether a tag stands behind the pixels.
+      sideways = (im.format != "PNG" or "exif" in im.info) and orientation(im) >= 5
   except Exception:  # Pillow's plugins raise many kinds on damaged files
     return None
   return (width, height) if sideways else (height, width)
