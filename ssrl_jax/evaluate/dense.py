@@ -131,7 +131,7 @@ def map_strides(evaluation: Evaluation, size: int, name: str) -> list[int]:
 
 
 def _abstract_maps(evaluation: Evaluation, size: int) -> dict[int, jax.ShapeDtypeStruct]:
-  images = jax.ShapeDtypeStruct((evaluation.mesh.size, max(size, 1), max(size, 1), 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, max(size, 1), max(size, 1), 3), jnp.float32)
   apply = evaluation.apply
   return jax.eval_shape(lambda w, x: apply(w, x, False, None)[0].maps, evaluation.weights, images)
 
