@@ -1,5 +1,4 @@
 import csv
-import json
 
 import jax
 import numpy as np
@@ -63,8 +62,8 @@ def reference(truth, detected, label, threshold):
       taken.add((i, j))
   recall = np.cumsum(hits) / total
   precision = np.cumsum(hits) / (np.arange(len(hits)) + 1)
-  levels = np.linspace(0, 1, 101)
-  return 100 * np.mean([max(precision[recall >= r - 1e-12], default=0) for r in levels])
+  levels = np.linspace(0, 1, 101)  # as COCO rounds them: a recall of 0.07 misses the level 0.07
+  return 100 * np.mean([max(precision[recall >= r], default=0) for r in levels])
 
 
 A, B = (0, 0, 10, 10), (20, 20, 40, 30)
@@ -136,21 +135,6 @@ def test_a_limit_of_detections_keeps_the_best():
   np.testing.assert_allclose(figures["AP"], 5100 / 101)
 
 
-def test_a_tiny_encoder_learns_a_handful_of_pictures_by_heart(coco, tmp_path):
-  figures = run(
-    make_evaluation(num_devices=1, folder=tmp_path), source=coco, test_split="train", steps=250,
-    learning_rate=0.01, finetune=True, encoder_rate=1.0, **FIT,
-  )  # fmt: skip
-  assert figures["detection/AP50"] > 95
-  assert figures["detection/AP"] > 60
-  with open(tmp_path / "detection.csv", newline="") as file:
-    rows = list(csv.DictReader(file))
-  assert [row["class"] for row in rows] == ["red", "green", "blue"]
-  assert sum(int(row["boxes"]) for row in rows) == 16
-  ap = [float(row["AP50"]) for row in rows]
-  np.testing.assert_allclose(np.mean(ap), figures["detection/AP50"], atol=0.01)
-
-
 def test_a_frozen_encoder_keeps_every_byte_and_8_devices_agree(coco, monkeypatch):
   trained, whole = [], dense.train_head
   monkeypatch.setattr(
@@ -168,8 +152,8 @@ def test_a_frozen_encoder_keeps_every_byte_and_8_devices_agree(coco, monkeypatch
     np.testing.assert_allclose(figures[0][key], figures[1][key], atol=0.2, err_msg=key)
 
 
-def test_what_was_dropped_is_returned_and_boxes_come_back_in_the_pictures_pixels(tmp_path):
-  """Pictures twice the view's size, one of them damaged, one without a box."""
+def test_a_tiny_encoder_learns_a_handful_of_pictures_by_heart(tmp_path):
+  """Pictures of twice the view's size; one is damaged, one has no box, one box reaches out."""
 
   def change(content):
     content["annotations"][0]["bbox"] = [-5, 0, 20, 20]
@@ -179,12 +163,19 @@ def test_what_was_dropped_is_returned_and_boxes_come_back_in_the_pictures_pixels
   file = tmp_path / "images" / "train" / "1.png"
   file.write_bytes(file.read_bytes()[:-500])
   figures = run(
-    make_evaluation(num_devices=1), source=source, test_split="train", steps=250,
+    make_evaluation(num_devices=1, folder=tmp_path), source=source, test_split="train", steps=200,
     learning_rate=0.01, finetune=True, encoder_rate=1.0, **FIT,
   )  # fmt: skip
+  assert figures["detection/AP50"] > 95
+  assert figures["detection/AP"] > 60
   assert figures["detection/damaged"] == 1
   assert figures["detection/clipped_boxes"] == 2  # in both splits, which here are one
-  assert figures["detection/AP50"] > 90
+  with open(tmp_path / "detection.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert [row["class"] for row in rows] == ["red", "green", "blue"]
+  assert sum(int(row["boxes"]) for row in rows) == 14  # without those of the damaged picture
+  ap = [float(row["AP50"]) for row in rows]
+  np.testing.assert_allclose(np.mean(ap), figures["detection/AP50"], atol=0.01)
 
 
 def test_sets_and_options_that_make_no_sense_are_refused(coco, tmp_path):
@@ -195,11 +186,9 @@ def test_sets_and_options_that_make_no_sense_are_refused(coco, tmp_path):
     run(evaluation, source=coco, levels=0)
   with pytest.raises(ValueError, match="source is ''; expected 'coco:PATH'"):
     run(evaluation)
-  content = json.loads(open(coco[5:] + "/annotations/train.json").read())
   bare = write_coco(tmp_path, n=2, change=lambda c: c.update(annotations=[]))
   with pytest.raises(ValueError, match="has no box at all; annotate some"):
     run(evaluation, source=bare, test_split="train")
-  assert content["annotations"]
   write_coco(tmp_path, n=2)
   write_coco(tmp_path, n=2, split="val", change=lambda c: c["categories"][0].update(name="pink"))
   with pytest.raises(ValueError, match="labels differ between"):

@@ -62,12 +62,12 @@ def test_loss_is_the_mean_over_pixels_that_have_a_class():
   np.testing.assert_allclose(found, np.mean(each), rtol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["linear", "light"])
-def test_a_tiny_encoder_learns_a_handful_of_pictures_by_heart(masks, tmp_path, head):
+@pytest.mark.parametrize(("head", "steps"), [("linear", 60), ("light", 120)])
+def test_a_tiny_encoder_learns_a_handful_of_pictures_by_heart(masks, tmp_path, head, steps):
   folder = tmp_path / "trained"
   figures = run(
     make_evaluation(num_devices=1, folder=folder), source=masks, test_split="train", head=head,
-    levels=2, width=16, steps=60, learning_rate=0.02, finetune=True, encoder_rate=1.0,
+    levels=2, width=16, steps=steps, learning_rate=0.02, finetune=True, encoder_rate=1.0,
     num_pictures=3, **FIT,
   )  # fmt: skip
   assert figures["segmentation/miou"] > 95
