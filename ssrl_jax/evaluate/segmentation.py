@@ -219,17 +219,18 @@ def write_pictures(path, apply, head, trained, test, count, view) -> None:
   reader = eval_batches(test, batch_size=count, canvas=view["size"], limit=count)
   with contextlib.closing(reader):
     batch = next(reader)
-  ids = batch.pop("id")
-  batch = {key: jnp.asarray(value) for key, value in batch.items()}
+  batch = {key: jnp.asarray(value) for key, value in batch.items() if key != "id"}
   local = jax.tree.map(np.asarray, trained)  # on one device: other hosts take no part in this
   label, truth, images = jax.jit(functools.partial(_labels, apply, head, **view))(local, batch)
   pixels = np.asarray(denormalise(images, view["mean"], view["std"]))
   colours = np.full((IGNORE + 1, 3), IGNORED_COLOUR, np.uint8)
   colours[: test.num_classes] = palette(test.num_classes)
-  rows = [
-    np.concatenate([pixels[j], colours[np.asarray(truth[j])], colours[np.asarray(label[j])]], 1)
-    for j in range(len(ids))
-  ]
+  rows = []
+  for j, extent_2 in enumerate(np.asarray(batch["extent"])):
+    height, width = np.ceil(extent_2 * view["size"] / extent_2.max()).astype(int)
+    shown = np.full(truth[j].shape, IGNORE)  # outside the picture there is nothing to predict
+    shown[:height, :width] = label[j][:height, :width]
+    rows.append(np.concatenate([pixels[j], colours[np.asarray(truth[j])], colours[shown]], axis=1))
   Image.fromarray(np.concatenate(rows)).save(path)
 
 

@@ -151,7 +151,10 @@ class LightSegmenter(nn.Module):
   @nn.compact
   def __call__(self, maps: Maps, train: bool) -> Array:
     levels = Pyramid(self.strides, self.width, name="pyramid")(maps, train)
-    x_BhwF = nn.relu(sum(to_grid(x, s / self.stride) for s, x in levels.items()))
+    _, h, w, _ = levels[self.stride].shape
+    # A coarse level covers the picture and up to a stride beyond it.
+    x_BhwF = sum(to_grid(x, s / self.stride)[:, :h, :w] for s, x in levels.items())
+    x_BhwF = nn.relu(x_BhwF)
     for i in (1, 2):
       x_BhwF = conv(self.width, 3, dtype=jnp.float32, name=f"conv{i}")(x_BhwF)
       x_BhwF = nn.relu(batch_norm(train, dtype=jnp.float32, name=f"norm{i}")(x_BhwF))
