@@ -86,7 +86,10 @@ class CocoSource:
   def __init__(self, path: str, *, split: str, max_boxes: int = 0):
     check_at_least(0, max_boxes=max_boxes)
     root = Path(path)
-    split = find_split(split, _stems(root / "annotations", ".json"), where=f"coco:{path}")
+    splits = tuple(sorted(p.stem for p in (root / "annotations").glob("*.json")))
+    if not splits:
+      raise FileNotFoundError(f"no annotations/SPLIT.json in {root}; expected COCO's format there")
+    split = find_split(split, splits, where=f"coco:{path}")
     self._file, folder = root / "annotations" / f"{split}.json", root / "images" / split
     images, annotations, categories = _read_coco(self._file)
     self.category_ids = tuple(sorted(categories))
@@ -220,7 +223,10 @@ class MaskSource:
 
   def __init__(self, path: str, *, split: str):
     root = Path(path)
-    split = find_split(split, _folders(root / "masks"), where=f"masks:{path}")
+    splits = tuple(sorted(p.name for p in (root / "masks").glob("*") if p.is_dir()))
+    if not splits:
+      raise FileNotFoundError(f"no folder masks/SPLIT in {root}; expected masks as PNG there")
+    split = find_split(split, splits, where=f"masks:{path}")
     images, self._root = root / "images" / split, root / "masks" / split
     pictures, masks = _by_stem(images, EXTENSIONS), _by_stem(self._root, (".png",))
     bare, alone = sorted(pictures.keys() - masks), sorted(masks.keys() - pictures)
@@ -300,9 +306,9 @@ def read_mask(path: str) -> np.ndarray:
 
 def _path_of(name: str, kind: str) -> str:
   found, _, path = name.partition(":")
-  path = os.path.abspath(os.path.expanduser(path))
-  if found != kind or path == os.getcwd():
+  if found != kind or not path:
     raise ValueError(f"source is {name!r}; expected '{kind}:PATH', the folder of an annotated set")
+  path = os.path.abspath(os.path.expanduser(path))
   if not os.path.isdir(path):
     raise FileNotFoundError(f"no folder {path}; give {kind}:PATH with an existing PATH")
   return path
@@ -358,14 +364,6 @@ def _upright_size(path: str | Path) -> tuple[int, int] | None:
 def _in_threads(function: Callable, items: Sequence) -> list:
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return list(pool.map(function, items))
-
-
-def _stems(folder: Path, extension: str) -> tuple[str, ...]:
-  return tuple(sorted(p.stem for p in folder.glob(f"*{extension}")))
-
-
-def _folders(folder: Path) -> tuple[str, ...]:
-  return tuple(sorted(p.name for p in folder.glob("*") if p.is_dir()))
 
 
 def _pictures(folder: Path) -> list[str]:

@@ -188,6 +188,11 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
     open_masks(name, split="train")
   with pytest.raises(FileNotFoundError, match="no folder /nowhere; give coco:PATH"):
     open_boxes("coco:/nowhere", split="train")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(FileNotFoundError, match=r"no annotations/SPLIT.json in .*empty"):
+    open_boxes(f"coco:{tmp_path / 'empty'}", split="train")
+  with pytest.raises(FileNotFoundError, match=r"no folder masks/SPLIT in .*empty"):
+    open_masks(f"masks:{tmp_path / 'empty'}", split="train")
   for i in (0, 1):
     (tmp_path / "images" / "val" / f"{i}.png").unlink()
   with pytest.raises(FileNotFoundError, match="none of the 2 pictures"):
