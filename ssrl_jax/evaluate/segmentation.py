@@ -164,7 +164,7 @@ def confusion(
 @functools.partial(jax.jit, static_argnames=("apply", "head", "mesh", "size", "mean", "std"))
 def _confusion(trained, batch, *, apply, head, mesh, **view):
   label_BHW, truth_BHW, _ = _labels(apply, head, trained, batch, **view)
-  truth_BHW = jnp.where(batch["weight"][:, None, None] > 0, truth_BHW, IGNORE)
+  # What has weight 0 has a mask without any class.
   out = count_pixels(truth_BHW, label_BHW, head.num_classes), jnp.sum(batch["weight"] > 0)
   return jax.lax.with_sharding_constraint(out, parallel.replicated(mesh))
 

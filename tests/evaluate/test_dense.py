@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from ssrl_jax import parallel
-from ssrl_jax.data.dense import IGNORE
+from ssrl_jax.data.dense import IGNORE, open_masks
 from ssrl_jax.evaluate import dense
 from ssrl_jax.evaluate.features import raw_pixels
+from ssrl_jax.method import Features
 from ssrl_jax.models.dense import LinearSegmenter
+from tests.dense_sets import write_masks
 from tests.evaluate.dense_common import MEAN, STD, make_evaluation
 
 SIZE = 32
@@ -125,6 +127,32 @@ OPTIONS = {
   "name": "demo", "size": 16, "scales": (1.0, 1.0), "steps": 2, "batch_size": 8,
   "learning_rate": 0.1, "weight_decay": 0.0, "finetune": False, "encoder_rate": 1.0, "seed": 0,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("finetune", "encoder_rate"), [(False, 1.0), (True, 0.0), (True, 0.5), (True, 1.0)]
+)
+def test_an_encoder_moves_only_when_it_is_fine_tuned(tmp_path, finetune, encoder_rate):
+  modes = []
+
+  def apply(weights, images, train, key):
+    modes.append((train, key is not None))
+    maps = {1: images[..., :1] * weights["params"]["w"]}
+    stats = {"seen": weights["batch_stats"]["seen"] + 1} if train else weights["batch_stats"]
+    return Features(pooled=images[:, 0, 0], maps=maps), stats
+
+  weights = {"params": {"w": jnp.ones(())}, "batch_stats": {"seen": jnp.zeros(())}}
+  evaluation = make_evaluation(num_devices=1).with_encoder(apply, weights)
+  source = open_masks(write_masks(tmp_path, n=8), split="train")
+  loss = lambda outputs, places, batch: jnp.mean((outputs - 3) ** 2)  # noqa: E731
+  options = OPTIONS | {"steps": 1, "finetune": finetune, "encoder_rate": encoder_rate}
+  trained = dense.train_head(evaluation, Fixed(), loss, source, **options)
+  assert modes[0] == (False, False)  # for the shapes
+  assert set(modes[1:]) == {(finetune, finetune)}
+  head, encoder = float(trained.head["params"]["w"]), float(trained.encoder["params"]["w"])
+  np.testing.assert_allclose(abs(head - 1), 0.1, rtol=1e-3)  # one step of Adam
+  np.testing.assert_allclose(abs(encoder - 1), 0.1 * encoder_rate * finetune, rtol=1e-3)
+  assert float(trained.encoder["batch_stats"]["seen"]) == finetune
 
 
 @pytest.mark.parametrize(
