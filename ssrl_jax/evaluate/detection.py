@@ -46,7 +46,7 @@ def run(
   scales: Sequence[float] = (0.8, 1.25),
   steps: int = 1000,
   batch_size: int = 16,
-  learning_rate: float = 1e-3,
+  learning_rate: float = 2e-3,
   weight_decay: float = 1e-4,
   finetune: bool = False,
   encoder_rate: float = 0.1,
