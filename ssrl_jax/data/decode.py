@@ -117,16 +117,17 @@ def _upright_rgb(im: Image.Image, canvas: int) -> Image.Image:
   width, height = fit(*im.size, canvas)
   drafted = im.draft(im.mode, (2 * width, 2 * height))
   im.load()
-  orientation = _orientation(im)  # after loading, in which Pillow turns TIFF itself
+  turn = orientation(im)  # after loading, in which Pillow turns TIFF itself
   rgb = _to_rgb(im)
-  if orientation in _UPRIGHT:
-    rgb = rgb.transpose(_UPRIGHT[orientation])
+  if turn in _UPRIGHT:
+    rgb = rgb.transpose(_UPRIGHT[turn])
   if not drafted:
     return _resize(rgb, fit(*rgb.size, canvas))
-  return _resize(rgb, (height, width) if orientation >= 5 else (width, height))
+  return _resize(rgb, (height, width) if turn >= 5 else (width, height))
 
 
-def _orientation(im: Image.Image) -> int:
+def orientation(im: Image.Image) -> int:
+  """The EXIF tag, 1 to 8, 1 being upright; from 5 on width and height are exchanged."""
   try:
     value = im.getexif().get(_ORIENTATION)
   except Exception:  # damaged EXIF does not make a damaged picture

@@ -98,8 +98,8 @@ def train_batches(
     that of the drawn example, also where another had to stand in. Its next() raises ValueError for
     a label that the source cannot have, and when MAX_DAMAGED pictures in a row cannot be read.
   """
-  local_size = _local_size(batch_size, process_index, process_count)
-  _check_at_least(0, seed=seed, start_step=start_step, workers=workers)
+  local_size = local_batch_size(batch_size, process_index, process_count)
+  check_at_least(0, seed=seed, start_step=start_step, workers=workers)
   if len(source) < batch_size:
     raise ValueError(
       f"{source!r} has {len(source)} examples, fewer than one batch of {batch_size}; lower "
@@ -110,7 +110,7 @@ def train_batches(
   drawn = _epochs_and_ids(len(source), seed, whole, sampling)
   drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
-  return Batches(_prefetched(drawn.map(reader.train)[start_step:], workers), reader)
+  return Batches(prefetched(drawn.map(reader.train)[start_step:], workers), reader)
 
 
 def _epochs_and_ids(n: int, seed: int, whole: int, sampling: Sampling | None) -> grain.MapDataset:
@@ -144,10 +144,10 @@ def eval_batches(
     source: as for `train_batches`, and so is what is not named here.
     limit: only this many examples, spread evenly over the source, which may be sorted by class.
   """
-  local_size = _local_size(batch_size, process_index, process_count)
-  _check_at_least(0, workers=workers)
+  local_size = local_batch_size(batch_size, process_index, process_count)
+  check_at_least(0, workers=workers)
   if limit is not None:
-    _check_at_least(1, limit=limit)
+    check_at_least(1, limit=limit)
   n = len(source)
   count = min(n, limit or n)
   num_batches = -(-count // batch_size)
@@ -156,11 +156,11 @@ def eval_batches(
   mine = positions.reshape(num_batches, process_count, local_size)[:, process_index]
   reader = _Reader(source, canvas, threads)
   batches = grain.MapDataset.range(num_batches).map(mine.__getitem__).map(reader.evaluate)
-  return Batches(_prefetched(batches, workers), reader)
+  return Batches(prefetched(batches, workers), reader)
 
 
-def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
-  _check_at_least(1, batch_size=batch_size, process_count=process_count)
+def local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
+  check_at_least(1, batch_size=batch_size, process_count=process_count)
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
   if batch_size % process_count:
@@ -172,13 +172,13 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
   return batch_size // process_count
 
 
-def _check_at_least(least: int, **values: int) -> None:
+def check_at_least(least: int, **values: int) -> None:
   for name, value in values.items():
     if value < least:
       raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
-def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
+def prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
   """Reads ahead: batches are whole already, so more than a few would only cost memory."""
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   dataset = batches.to_iter_dataset(options)
@@ -202,7 +202,7 @@ class _Reader:
     frames: int = 1,
     frame_span: int = 0,
   ):
-    _check_at_least(1, canvas=canvas, threads=threads)
+    check_at_least(1, canvas=canvas, threads=threads)
     self._source, self._canvas, self._threads = source, canvas, threads
     self._frames = frames
     self._draw_frames = functools.partial(draw_frames, count=frames, span=frame_span, seed=seed)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ssrl_jax.evaluate import knn, linear
+from ssrl_jax.evaluate import detection, knn, linear, segmentation
 
 
 class Protocol(NamedTuple):
@@ -25,4 +25,6 @@ class Protocol(NamedTuple):
 EVALS: dict[str, Protocol] = {
   "knn": Protocol(knn.run, {"knn/accuracy": "k-NN %"}, pixels=True),
   "linear": Protocol(linear.run, {"linear/accuracy": "linear %"}, pixels=True),
+  "detection": Protocol(detection.run, {"detection/AP": "box AP %", "detection/AP50": "AP50 %"}),
+  "segmentation": Protocol(segmentation.run, {"segmentation/miou": "mIoU %"}),
 }

@@ -1,0 +1,135 @@
+"""Batches of annotated pictures (`dense.py`): shuffled for training, each once for evaluation."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import grain
+import numpy as np
+
+from ssrl_jax.data.decode import DamagedImage, decode
+from ssrl_jax.data.dense import DenseSource
+from ssrl_jax.data.pipeline import (
+  PADDING,
+  Batch,
+  Batches,
+  check_at_least,
+  local_batch_size,
+  prefetched,
+)
+
+
+def train_batches(
+  source: DenseSource,
+  *,
+  seed: int,
+  batch_size: int,
+  start_step: int = 0,
+  canvas: int,
+  workers: int = 0,
+  threads: int = 1,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Endless batches of this process, in an order that is a pure function of (seed, step).
+
+  As `pipeline.train_batches`: shuffled anew each epoch, of which the uneven rest is left out. A
+  picture that cannot be read has weight 0, and so has its annotation no part in a loss.
+
+  Returns:
+    An iterator of {"image": uint8 [b, S, S, 3], "extent": int32 [b, 2], "id": int64 [b], "weight":
+    float32 [b], "substituted": bool [b]} and what the source adds; see there.
+  """
+  local_size = local_batch_size(batch_size, process_index, process_count)
+  check_at_least(0, seed=seed, start_step=start_step, workers=workers)
+  if len(source) < batch_size:
+    raise ValueError(
+      f"{source!r} has {len(source)} pictures, fewer than one batch of {batch_size}; lower "
+      f"batch_size to at most {len(source)}"
+    )
+  whole = len(source) // batch_size * batch_size
+  ids = grain.MapDataset.range(len(source)).seed(seed).shuffle()[:whole].repeat(None)
+  ids = ids[process_index::process_count].batch(local_size, drop_remainder=True)
+  reader = _Reader(source, canvas, threads)
+  return Batches(prefetched(ids.map(reader)[start_step:], workers), reader)
+
+
+def eval_batches(
+  source: DenseSource,
+  *,
+  batch_size: int,
+  canvas: int,
+  workers: int = 0,
+  threads: int = 1,
+  process_index: int = 0,
+  process_count: int = 1,
+  limit: int | None = None,
+) -> Batches:
+  """All examples once, in the source's order; what fills the last batch has weight 0 and id -1.
+
+  Args:
+    limit: only so many of them, spread evenly over the source.
+  """
+  local_size = local_batch_size(batch_size, process_index, process_count)
+  check_at_least(0, workers=workers)
+  n = len(source)
+  count = min(n, limit or n)
+  num_batches = -(-count // batch_size)
+  ids = np.full(num_batches * batch_size, PADDING, np.int64)
+  ids[:count] = np.arange(count) * n // count
+  mine = ids.reshape(num_batches, process_count, local_size)[:, process_index]
+  reader = _Reader(source, canvas, threads)
+  batches = grain.MapDataset.range(num_batches).map(mine.__getitem__).map(reader)
+  return Batches(prefetched(batches, workers), reader)
+
+
+class _Reader:
+  """Ids -> a batch. Goes to worker processes, where it starts threads of its own."""
+
+  def __init__(self, source: DenseSource, canvas: int, threads: int):
+    check_at_least(1, canvas=canvas, threads=threads)
+    self._source, self._canvas, self._threads = source, canvas, threads
+    self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+  def __getstate__(self):
+    return self.__dict__ | {"_pool": None}
+
+  def close(self) -> None:
+    if self._pool:
+      self._pool.shutdown(cancel_futures=True)
+
+  def damage(self, i: int) -> str:
+    try:
+      decode(self._source.paths[i], canvas=self._canvas)
+    except DamagedImage as e:
+      return f"example {i} of {self._source!r} is damaged and counts nothing: {e}"
+    return f"example {i} of {self._source!r} could not be read at first, and now can"
+
+  def __call__(self, ids: np.ndarray) -> Batch:
+    n, side = len(ids), self._canvas
+    batch = {
+      "image": np.zeros((n, side, side, 3), np.uint8),
+      "extent": np.full((n, 2), side, np.int32),
+      "id": np.asarray(ids, np.int64),
+      "weight": np.zeros(n, np.float32),
+      "substituted": np.zeros(n, bool),
+    } | self._source.blank(n, side)
+    places = [j for j in range(n) if ids[j] != PADDING]
+    if self._threads == 1:
+      for j in places:
+        self._put(batch, j)
+      return batch
+    if self._pool is None:
+      self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
+    list(self._pool.map(lambda j: self._put(batch, j), places))
+    return batch
+
+  def _put(self, batch: Batch, j: int) -> None:
+    i = int(batch["id"][j])
+    try:
+      batch["image"][j], batch["extent"][j] = decode(self._source.paths[i], canvas=self._canvas)
+    except DamagedImage:
+      batch["substituted"][j] = True
+      return
+    batch["weight"][j] = 1
+    self._source.annotate(batch, j, i)
