@@ -93,13 +93,13 @@ class Evaluation:
   def _vectors(self, weights: Any, images: Array) -> dict[str, Array]:
     return vectors(self.apply(weights, images, False, None)[0])
 
-  def labelled(self, split: str) -> tuple[FeatureSet, int]:
+  def labelled(self, split: str, kind: str = "pooled") -> tuple[FeatureSet, int]:
     """The labelled rows of a split, and how many others were left out.
 
     Raises:
       ValueError: there are none.
     """
-    rows = self.features(split)
+    rows = self.features(split, kind)
     known = rows.labelled()
     if not self.num_classes or not len(known.labels):
       raise ValueError(
