@@ -93,6 +93,7 @@ def run(
     finetune/epochs: trained.
     finetune/labels: number of labelled training pictures in use.
     finetune/label_noise: percent of them that had a wrong label put on.
+    finetune/unlabelled: test pictures that were left out.
   """
   label_N = labels_of(evaluation.train)
   ids = label_choice.choose_ids(
@@ -135,13 +136,14 @@ def finetune(
     rule: learning_rate, weight_decay, momentum and clip_norm of `optim.make_optimizer`.
   """
   _check_options(epochs, warmup_epochs, optimizer, layer_decay, head_rate)
+  frozen, unlabelled = evaluation.labelled("test")  # before the training, not after it
+  dim = frozen.features.shape[1]
   noisy_N = label_choice.symmetric_noise(
     label_N, evaluation.num_classes, rate=label_noise, seed=seed
   )
   batches, batch_size, steps = training_batches(
     evaluation, ids, batch_size=batch_size, seed=seed, labels=noisy_N
   )
-  dim = evaluation.features("test").features.shape[1]
   head = {
     "kernel": jnp.zeros((dim, evaluation.num_classes)),
     "bias": jnp.zeros((1, evaluation.num_classes)),
@@ -178,6 +180,7 @@ def finetune(
     "epochs": float(epochs),
     "labels": float(len(ids)),
     "label_noise": 100 * float(np.mean(noisy_N != label_N)),
+    "unlabelled": float(unlabelled),
   }
 
 
