@@ -26,7 +26,7 @@ class Tints:
     self.num_classes = num_classes
     self.labels = np.arange(n) % num_classes
     noise = spread * np_rng.normal(size=(n, SIZE, SIZE, 3))
-    tint = spread * np_rng.normal(size=(n, 1, 1, 3))
+    tint = spread / 3 * np_rng.normal(size=(n, 1, 1, 3))
     pixels = colours[self.labels][:, None, None] + noise + tint
     self.images = np.clip(pixels, 0, 255).astype(np.uint8)
     self.labels[list(unlabelled)] = -1
