@@ -88,7 +88,8 @@ class Evaluation:
   def kinds(self) -> tuple[str, ...]:
     """The kinds of vectors that this encoder gives, "pooled" first."""
     images = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.float32)
-    return tuple(jax.eval_shape(self._vectors, self.weights, images))
+    found = jax.eval_shape(self._vectors, self.weights, images)  # sorted by name
+    return tuple(sorted(found, key=lambda kind: kind != "pooled"))
 
   def _vectors(self, weights: Any, images: Array) -> dict[str, Array]:
     return vectors(self.apply(weights, images, False, None)[0])
