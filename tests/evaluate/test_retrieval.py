@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from sklearn.metrics import average_precision_score
 
 from ssrl_jax.evaluate import retrieval
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
+from ssrl_jax.method import Features
 from ssrl_jax.parallel import make_mesh
 
 UNUSED_VIEW = {"canvas": 1, "size": 1, "crop": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -120,16 +123,22 @@ def test_no_pair_of_a_class_is_an_error():
     retrieval.run(judge(test, test))
 
 
-@pytest.mark.parametrize(
-  ("options", "match"),
-  [
-    ({"bank": "val"}, "retrieval's bank is 'val'; expected one of test, train"),
-    ({"kind": "map4"}, "unknown kind of vector 'map4'; this encoder has: pooled"),
-  ],
-)
-def test_unknown_option_is_an_error(options, match):
-  with pytest.raises(ValueError, match=match):
-    retrieval.run(judge(clusters(9), clusters(9)), **options)
+def test_unknown_bank_is_an_error():
+  with pytest.raises(ValueError, match="retrieval's bank is 'val'; expected one of test, train"):
+    retrieval.run(judge(clusters(9), clusters(9)), bank="val")
+
+
+def test_kind_is_chosen_and_an_unknown_one_is_an_error_unless_there_is_only_one():
+  def apply(weights, images, train, key):
+    return Features(pooled=images.reshape(images.shape[0], -1), maps={2: images}), weights
+
+  (x, y), noise = clusters(50), np.random.default_rng(0).normal(size=(50, 3))
+  alone = judge((x, y), (x, y))
+  both = dataclasses.replace(judge((noise, y), (noise, y)), apply=apply)
+  both.cache["test", "map2"] = alone.cache["test", "pooled"]
+  assert retrieval.run(both, kind="map2") == retrieval.run(alone, kind="map2")
+  with pytest.raises(ValueError, match=r"unknown kind of vector 'map4'; .* has: pooled, map2"):
+    retrieval.run(both, kind="map4")
 
 
 def test_table_of_similarities_is_cut_to_its_limit(monkeypatch):
