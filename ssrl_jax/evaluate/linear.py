@@ -75,6 +75,8 @@ def run(
     evaluation, kinds=kinds, learning_rates=learning_rates, weight_decays=weight_decays,
     epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed,
   )  # fmt: skip
+  _warn_at_edge("learning_rates", probe.figures["learning_rate"], learning_rates)
+  _warn_at_edge("weight_decays", probe.figures["weight_decay"], weight_decays)
   test, unlabelled = evaluation.labelled("test", probe.kind)
   unlabelled += evaluation.labelled("train", probe.kind)[1]
   figures = accuracies(probe.logits(test.features), test.labels)
@@ -127,8 +129,6 @@ def fit_probe(
       found.append((accuracy, kind, pairs[best]))
     accuracy, kind, pair = max(found, key=lambda x: x[0])  # of equals the earlier kind
     figures = {"held_out_accuracy": accuracy}
-    _warn_at_edge("learning_rates", pair[0], learning_rates)
-    _warn_at_edge("weight_decays", pair[1], weight_decays)
   if len(kinds) > 1:
     logging.info("linear probe: the held-out pictures chose %r of %s", kind, ", ".join(kinds))
   train = training_rows(evaluation, kind, ids)

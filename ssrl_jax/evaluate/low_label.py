@@ -29,7 +29,7 @@ def run(
   labels_file: str = "",
   draws: int = 5,
   learning_rates: Sequence[float] = linear.LEARNING_RATES,
-  weight_decays: Sequence[float] = linear.WEIGHT_DECAYS,
+  weight_decays: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
   steps: int = 500,
   batch_size: int = 256,
   held_out: float = 0.2,
