@@ -142,8 +142,7 @@ def _find(lines: list[str], source: Source, path: Path) -> list[int]:
 def symmetric_noise(label_N: np.ndarray, num_classes: int, *, rate: float, seed: int) -> np.ndarray:
   """The labels, of which round(rate * N), drawn with `seed`, become any OTHER class.
 
-  The symmetric noise of Zhang & Sabuncu 2018 and others; some papers draw from all classes, which
-  leaves one in K of the labels right.
+  Some papers draw from all classes, which leaves one in K of these labels right.
 
   Args:
     label_N: all known.

@@ -1,8 +1,8 @@
 """Linear evaluation as the papers run it: the head is trained on augmented views.
 
 The encoder is frozen, BatchNorm included (MoCo, SimCLR, BYOL: running moments); each step crops and
-flips the pictures anew. Where a paper sweeps the learning rate (BYOL, appendix C.1) one head for
-each rate is trained here, all at once: views and encoder are computed once for all of them.
+flips the pictures anew. Where a paper sweeps the learning rate (BYOL) one head for each rate is
+trained here, all at once: views and encoder are computed once for all of them.
 """
 
 from __future__ import annotations

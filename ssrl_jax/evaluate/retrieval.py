@@ -3,7 +3,7 @@
 Recall@k as metric learning counts it (Oh Song et al. 2016, Deep Metric Learning via Lifted
 Structured Feature Embedding): a query is right when one of its k nearest has its class. Mean
 average precision as image retrieval counts it, over the ranking of the whole bank; mAP@R of
-Musgrave et al. 2020 (A Metric Learning Reality Check, section 2.2) stops at rank R.
+Musgrave et al. 2020 (A Metric Learning Reality Check) stops at rank R.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def cross_entropy(logits_BK: Array, label_B: Array, *, smoothing: float = 0.0) -
 def generalised_cross_entropy(logits_BK: Array, label_B: Array, *, q: float) -> Array:
   """(1 - p_label^q) / q: cross-entropy as q goes to 0, half the mean absolute error at q = 1.
 
-  Zhang & Sabuncu 2018, equation 6, whose value is 0.7; without their truncation.
+  Zhang & Sabuncu 2018, whose value is 0.7; without their truncation.
 
   Args:
     q: in (0, 1]; the larger, the less a label that looks wrong pulls.
@@ -45,7 +45,7 @@ def symmetric_cross_entropy(
 ) -> Array:
   """alpha * cross-entropy(label, p) + beta * cross-entropy(p, label).
 
-  Wang et al. 2019, equations 5 to 7. The second term takes the logarithm of a one-hot label, 0 for
+  Wang et al. 2019. The second term takes the logarithm of a one-hot label, 0 for
   the class and `log_zero` for the others, so it is -log_zero * (1 - p_label): bounded, tolerant.
 
   Args:
