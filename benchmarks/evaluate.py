@@ -4,7 +4,8 @@ python -m benchmarks.evaluate [--images=10000] [--bank=50000] [--queries=10000] 
   [--dim=512] [--classes=10] [--epochs=10] [--settings=1,50] [--encoder=resnet18] [--name=evaluate]
 
 Pictures and vectors are noise: time does not depend on what they show. `seconds` is a call's after
-a first one that compiled, whose extra time is `compile_s`.
+a first one that compiled, whose extra time is `compile_s`; `cpu_s` is the processor time of all
+threads in it, which on a busy machine says more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +47,29 @@ class Noise:
     return {"image": self._image, "label": 0}
 
 
-def time_twice(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-  """Seconds of the second call, and of the first, which compiles."""
+class Seconds(NamedTuple):
+  """Of a call that compiles, and of a second one."""
+
+  first: float
+  second: float
+  cpu: float  # of the second
+
+
+def time_twice(first: Callable[[], Any], second: Callable[[], Any]) -> Seconds:
   times = []
   for call in (first, second):
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     call()
     times.append(time.perf_counter() - start)
-  return times[1], times[0]
+  return Seconds(*times, time.process_time() - cpu)
 
 
-def row(what: str, size: str, count: int, unit: str, seconds: float, compile_s: float) -> dict:
+def row(what: str, size: str, count: int, unit: str, took: Seconds, share: float = 1.0) -> dict:
+  """`share`: the first call's work, over the second's."""
   return {
-    "what": what, "size": size, "seconds": seconds, "compile_s": compile_s,
-    "per_s": count / seconds, "of": unit,
+    "what": what, "size": size, "seconds": took.second, "cpu_s": took.cpu,
+    "compile_s": max(took.first - share * took.second, 0.0), "per_s": count / took.second,
+    "of": unit,
   }  # fmt: skip
 
 
@@ -75,18 +85,17 @@ def measure_features(encoder: str, *, images: int, batch: int) -> dict:
     mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=batch,
   )  # fmt: skip
   one_batch = dataclasses.replace(whole, test=Noise(batch), cache={})
-  seconds, first = time_twice(lambda: one_batch.features("test"), lambda: whole.features("test"))
-  compile_s = max(first - seconds * batch / images, 0.0)
-  return row("features", f"{images} images, {encoder}", images, "images", seconds, compile_s)
+  took = time_twice(lambda: one_batch.features("test"), lambda: whole.features("test"))
+  return row("features", f"{images} images, {encoder}", images, "images", took, batch / images)
 
 
 def measure_knn(*, queries: int, bank: int, dim: int) -> dict:
   np_rng = np.random.default_rng(0)
   query, rows = (np_rng.normal(size=(n, dim)).astype(np.float32) for n in (queries, bank))
   call = lambda: knn.nearest(query, rows, k=20, mesh=parallel.make_mesh())  # noqa: E731
-  seconds, first = time_twice(call, call)
+  took = time_twice(call, call)
   size = f"{queries} against {bank}, {dim} numbers"
-  return row("k-NN", size, queries, "queries", seconds, max(first - seconds, 0.0))
+  return row("k-NN", size, queries, "queries", took)
 
 
 def measure_linear(settings: int, *, train: int, dim: int, classes: int, epochs: int) -> dict:
@@ -98,9 +107,9 @@ def measure_linear(settings: int, *, train: int, dim: int, classes: int, epochs:
   def call():
     jax.block_until_ready(linear.fit_heads(x, label, pairs, mesh=parallel.make_mesh(), **options))
 
-  seconds, first = time_twice(call, call)
+  took = time_twice(call, call)
   size = f"{settings} settings, {train} x {dim}, {classes} classes, {epochs} epochs"
-  return row("linear", size, settings, "settings", seconds, max(first - seconds, 0.0))
+  return row("linear", size, settings, "settings", took)
 
 
 def main() -> None:
