@@ -224,6 +224,8 @@ def test_fewer_pictures_than_devices_come_several_times(batches):
   few = evaluation(Tints(4), num_devices=8)
   assert tuning.run(few, **QUICK)["finetune/labels"] == 4
   assert [batches[i][0] for i in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
+  for i in range(8):
+    np.testing.assert_array_equal(batches[i][1], few.train.images[i % 4])
 
 
 def test_rows_have_the_labels_given_and_the_sources_pictures():
