@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import blocks, step
+from benchmarks import blocks, evaluate, step
 from configs import digits
 
 
@@ -21,3 +21,17 @@ def test_blocks_benchmark_compares_equal_values_and_runs_nothing_over_its_limit(
   plain, cut = (blocks.measure("nt_xent", 64, 8, block, limit_gib=1.0) for block in (0, 16))
   assert plain["value"] == cut["value"]
   assert blocks.measure("nt_xent", 64, 8, 0, limit_gib=0.0)["seconds"] == "not run"
+
+
+def test_evaluate_benchmark_measures_each_part():
+  rows = [
+    evaluate.measure_features("vit_pico", images=20, batch=16),
+    evaluate.measure_knn(queries=5, bank=30, dim=4),
+    evaluate.measure_linear(3, train=20, dim=4, classes=2, epochs=1),
+  ]
+  assert [row["what"] for row in rows] == ["features", "k-NN", "linear"]
+  assert len({tuple(row) for row in rows}) == 1
+  for row in rows:
+    assert row["seconds"] > 0
+    assert row["compile_s"] >= 0
+    assert row["per_s"] > 0

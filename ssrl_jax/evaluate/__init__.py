@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ssrl_jax.evaluate import detection, knn, linear, segmentation
+from ssrl_jax.evaluate import (
+  detection,
+  finetune,
+  knn,
+  linear,
+  linear_sgd,
+  low_label,
+  retrieval,
+  segmentation,
+)
 
 
 class Protocol(NamedTuple):
@@ -25,6 +34,17 @@ class Protocol(NamedTuple):
 EVALS: dict[str, Protocol] = {
   "knn": Protocol(knn.run, {"knn/accuracy": "k-NN %"}, pixels=True),
   "linear": Protocol(linear.run, {"linear/accuracy": "linear %"}, pixels=True),
+  "linear_sgd": Protocol(linear_sgd.run, {"linear_sgd/accuracy": "lin. SGD %"}),
+  "retrieval": Protocol(
+    retrieval.run,
+    {"retrieval/recall_at_1": "recall@1 %", "retrieval/map": "mAP %"},
+    pixels=True,
+  ),
+  "low_label": Protocol(
+    low_label.run,
+    {"low_label/1pct/accuracy": "1 % lab.", "low_label/10pct/accuracy": "10 % lab."},
+  ),
+  "finetune": Protocol(finetune.run, {"finetune/accuracy": "fine-tuned"}),
   "detection": Protocol(detection.run, {"detection/AP": "box AP %", "detection/AP50": "AP50 %"}),
   "segmentation": Protocol(segmentation.run, {"segmentation/miou": "mIoU %"}),
 }

@@ -88,18 +88,19 @@ class Evaluation:
   def kinds(self) -> tuple[str, ...]:
     """The kinds of vectors that this encoder gives, "pooled" first."""
     images = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.float32)
-    return tuple(jax.eval_shape(self._vectors, self.weights, images))
+    found = jax.eval_shape(self._vectors, self.weights, images)  # sorted by name
+    return tuple(sorted(found, key=lambda kind: kind != "pooled"))
 
   def _vectors(self, weights: Any, images: Array) -> dict[str, Array]:
     return vectors(self.apply(weights, images, False, None)[0])
 
-  def labelled(self, split: str) -> tuple[FeatureSet, int]:
+  def labelled(self, split: str, kind: str = "pooled") -> tuple[FeatureSet, int]:
     """The labelled rows of a split, and how many others were left out.
 
     Raises:
       ValueError: there are none.
     """
-    rows = self.features(split)
+    rows = self.features(split, kind)
     known = rows.labelled()
     if not self.num_classes or not len(known.labels):
       raise ValueError(

@@ -1,9 +1,10 @@
 """Linear probe: softmax regression on frozen features, the field's usual measure.
 
 A grid of learning rates and weight decays is trained at once, by vmap, on a part of the training
-pictures; the pair that is best on the held-out rest is trained again on all of them and sees the
-test pictures once. Features are standardised with the training pictures' mean and deviation, so one
-grid serves encoders of any scale (MAE's probe puts a BatchNorm without scale there, to that end).
+pictures, for each kind of vector asked for; the setting that is best on the held-out rest is
+trained again on all of them and sees the test pictures once. Features are standardised with the
+training pictures' mean and deviation, so one grid serves encoders of any scale (MAE's probe puts a
+BatchNorm without scale there, to that end).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +21,37 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ssrl_jax.evaluate.features import Evaluation
+from ssrl_jax.evaluate.features import Evaluation, FeatureSet
 from ssrl_jax.evaluate.knn import TOP5_CLASSES, top_accuracy
 from ssrl_jax.method import Array
 from ssrl_jax.parallel import cut_rows
 
 Head = dict[str, Array]  # kernel float32 [D, K], bias [1, K]
 
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
+
+
+class Probe(NamedTuple):
+  """A fitted probe: what turns frozen vectors of one kind into logits."""
+
+  mean: np.ndarray  # float32 [1, D], of the training pictures
+  std: np.ndarray  # float32 [1, D]; infinite where they are all alike, which makes that 0
+  head: Head
+  kind: str  # of the vectors, see `Evaluation.kinds`
+  figures: dict[str, float]  # of the choice, see `run`
+
+  def logits(self, x_ND: np.ndarray) -> np.ndarray:
+    """float32 [N, K]."""
+    return np.asarray(apply(self.head, (x_ND - self.mean) / self.std))
+
 
 def run(
   evaluation: Evaluation,
   *,
-  learning_rates: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-  weight_decays: Sequence[float] = (0.0, 1e-4, 1e-3, 1e-2),
+  kinds: Sequence[str] = ("pooled",),
+  learning_rates: Sequence[float] = LEARNING_RATES,
+  weight_decays: Sequence[float] = WEIGHT_DECAYS,
   epochs: int = 50,
   batch_size: int = 256,
   held_out: float = 0.1,
@@ -39,48 +59,116 @@ def run(
 ) -> dict[str, float]:
   """Trains the probe on the training pictures and applies it to the test pictures.
 
-  Pictures without a label are left out. Learning rates are those at the start, for this batch size.
+  Pictures without a label are left out. The arguments are those of `fit_probe`.
 
   Returns:
-    linear/accuracy: percent of the test pictures, of the pair that the held-out pictures chose.
+    linear/accuracy: percent of the test pictures, of the setting that the held-out pictures chose.
     linear/top5: percent whose class is among the five likeliest; with 20 classes or more.
-    linear/held_out_accuracy: percent of the held-out training pictures, of that pair: a maximum
-      over the grid, so it flatters a little.
-    linear/learning_rate, linear/weight_decay: that pair.
+    linear/held_out_accuracy: percent of the held-out training pictures, of that setting: a maximum
+      over the grid, so it flatters a little; where there was more than one setting.
+    linear/learning_rate, linear/weight_decay: of that setting.
+    linear/kind: of that setting, as its place in `evaluation.kinds()`, 0 being "pooled"; where
+      there was a choice, the log has its name.
     linear/unlabelled: pictures of both sets that were left out.
   """
+  probe = fit_probe(
+    evaluation, kinds=kinds, learning_rates=learning_rates, weight_decays=weight_decays,
+    epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed,
+  )  # fmt: skip
+  _warn_at_edge("learning_rates", probe.figures["learning_rate"], learning_rates)
+  _warn_at_edge("weight_decays", probe.figures["weight_decay"], weight_decays)
+  test, unlabelled = evaluation.labelled("test", probe.kind)
+  unlabelled += evaluation.labelled("train", probe.kind)[1]
+  figures = accuracies(probe.logits(test.features), test.labels)
+  figures |= probe.figures | {"unlabelled": float(unlabelled)}
+  return {f"linear/{name}": value for name, value in figures.items()}
+
+
+def fit_probe(
+  evaluation: Evaluation,
+  *,
+  kinds: Sequence[str] = ("pooled",),
+  learning_rates: Sequence[float] = LEARNING_RATES,
+  weight_decays: Sequence[float] = WEIGHT_DECAYS,
+  epochs: int = 50,
+  batch_size: int = 256,
+  held_out: float = 0.1,
+  seed: int = 0,
+  ids: np.ndarray | None = None,
+) -> Probe:
+  """The probe of the kind, learning rate and weight decay that held-out pictures choose.
+
+  Args:
+    kinds: names of `evaluation.kinds()`, or "all"; an encoder with no other gives "pooled".
+    learning_rates: at the start, for this batch size.
+    weight_decays: of the kernel.
+    epochs, batch_size: of every training.
+    held_out: share of each class that chooses; not used where there is only one setting.
+    seed: of the held-out part and of the order.
+    ids: of the training pictures to use; None: all that have a label.
+
+  Raises:
+    ValueError: an option out of range, an unknown kind, or no labels.
+  """
   _check_options(learning_rates, weight_decays, epochs, batch_size)
-  train, train_unlabelled = evaluation.labelled("train")
-  test, test_unlabelled = evaluation.labelled("test")
-  kept, held = split_held_out(train.labels, held_out, seed=seed)
+  kinds = _resolve(kinds, evaluation)
   pairs = list(itertools.product(learning_rates, weight_decays))
   options = {
-    "num_classes": evaluation.num_classes,
-    "epochs": epochs,
-    "seed": seed,
-    "mesh": evaluation.mesh,
-  }
+    "num_classes": evaluation.num_classes, "epochs": epochs, "batch_size": batch_size,
+    "seed": seed, "mesh": evaluation.mesh,
+  }  # fmt: skip
+  kind, pair, figures = kinds[0], pairs[0], {}
+  if len(kinds) * len(pairs) > 1:
+    found = []
+    for kind in kinds:
+      train = training_rows(evaluation, kind, ids)
+      kept, held = split_held_out(train.labels, held_out, seed=seed)
+      part, rest = standardise(train.features[kept], train.features[held])
+      heads = fit_heads(part, train.labels[kept], pairs, **options)
+      best, accuracy = choose(heads, rest, train.labels[held])
+      found.append((accuracy, kind, pairs[best]))
+    accuracy, kind, pair = max(found, key=lambda x: x[0])  # of equals the earlier kind
+    figures = {"held_out_accuracy": accuracy}
+  if len(kinds) > 1:
+    logging.info("linear probe: the held-out pictures chose %r of %s", kind, ", ".join(kinds))
+  train = training_rows(evaluation, kind, ids)
+  mean, std = moments(train.features)
+  (head,) = unstack(fit_heads((train.features - mean) / std, train.labels, [pair], **options))
+  place = evaluation.kinds().index(kind) if kind != "pooled" else 0
+  figures |= {"learning_rate": pair[0], "weight_decay": pair[1], "kind": float(place)}
+  return Probe(mean, std, head, kind, figures)
 
-  fit = functools.partial(fit_heads, batch_size=batch_size, **options)
-  part, rest = standardise(train.features[kept], train.features[held])
-  heads = fit(part, train.labels[kept], pairs)
-  best, accuracy = choose(heads, rest, train.labels[held])
-  learning_rate, weight_decay = pairs[best]
-  _warn_at_edge("learning_rates", learning_rate, learning_rates)
-  _warn_at_edge("weight_decays", weight_decay, weight_decays)
 
-  whole, unseen = standardise(train.features, test.features)
-  (head,) = unstack(fit(whole, train.labels, [pairs[best]]))
-  logits = np.asarray(apply(head, unseen))
-  figures = {"linear/accuracy": top_accuracy(logits, test.labels, 1)}
-  if evaluation.num_classes >= TOP5_CLASSES:
-    figures["linear/top5"] = top_accuracy(logits, test.labels, 5)
-  return figures | {
-    "linear/held_out_accuracy": accuracy,
-    "linear/learning_rate": learning_rate,
-    "linear/weight_decay": weight_decay,
-    "linear/unlabelled": float(train_unlabelled + test_unlabelled),
-  }
+def training_rows(evaluation: Evaluation, kind: str, ids: np.ndarray | None) -> FeatureSet:
+  """The labelled training pictures, or those of them with these ids."""
+  rows, _ = evaluation.labelled("train", kind)
+  if ids is None:
+    return rows
+  chosen = np.isin(rows.ids, ids)
+  return FeatureSet(*(x[chosen] for x in rows))
+
+
+def accuracies(logits_NK: np.ndarray, label_N: np.ndarray) -> dict[str, float]:
+  """{"accuracy": percent} and, with `TOP5_CLASSES` or more, "top5"."""
+  figures = {"accuracy": top_accuracy(logits_NK, label_N, 1)}
+  if logits_NK.shape[1] >= TOP5_CLASSES:
+    figures["top5"] = top_accuracy(logits_NK, label_N, 5)
+  return figures
+
+
+def _resolve(kinds: Sequence[str], evaluation: Evaluation) -> tuple[str, ...]:
+  kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+  if kinds == ("pooled",):
+    return kinds
+  known = evaluation.kinds()
+  if kinds == ("all",) or len(known) == 1:  # raw pixels have no other, and are judged beside
+    return known
+  for kind in kinds:
+    if kind not in known:
+      raise ValueError(f"unknown kind of vector {kind!r}; this encoder has: {', '.join(known)}")
+  if not kinds:
+    raise ValueError(f"kinds is empty; give one or more of {', '.join(known)}, or all")
+  return kinds
 
 
 def split_held_out(
@@ -111,11 +199,16 @@ def split_held_out(
 
 def standardise(train_ND: np.ndarray, other_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Both sets in units of the first one's mean and deviation; constant dimensions become 0."""
-  mean = np.mean(train_ND, axis=0, keepdims=True, dtype=np.float64)
-  std = np.std(train_ND, axis=0, keepdims=True, dtype=np.float64)
-  scale = np.where(std > 1e-6 * np.abs(mean) + 1e-12, 1 / np.maximum(std, 1e-12), 0)
-  mean, scale = mean.astype(np.float32), scale.astype(np.float32)
-  return (train_ND - mean) * scale, (other_MD - mean) * scale
+  mean, std = moments(train_ND)
+  return (train_ND - mean) / std, (other_MD - mean) / std
+
+
+def moments(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation, float32 [1, D]; the deviation of a constant dimension is infinite."""
+  mean = np.mean(x_ND, axis=0, keepdims=True, dtype=np.float64)
+  std = np.std(x_ND, axis=0, keepdims=True, dtype=np.float64)
+  std = np.where(std > 1e-6 * np.abs(mean) + 1e-12, std, np.inf)
+  return mean.astype(np.float32), std.astype(np.float32)
 
 
 def fit_heads(

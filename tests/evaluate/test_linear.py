@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from ssrl_jax import parallel
 from ssrl_jax.evaluate import linear
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
+from ssrl_jax.method import Features
 from ssrl_jax.parallel import make_mesh
 
 UNUSED_VIEW = {"canvas": 1, "size": 1, "crop": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -192,3 +194,63 @@ def test_options_out_of_range_are_errors(options, match):
   train = clusters(20)
   with pytest.raises(ValueError, match=match):
     linear.run(judge(train, train, 5), **options)
+
+
+def two_kinds(train, test, other_train, other_test, num_classes=5):
+  """As `judge`, of an encoder that gives "pooled" and "map2"."""
+
+  def apply(weights, images, is_training, key):
+    rows = images.reshape(images.shape[0], -1)
+    return Features(pooled=rows, maps={2: images}), weights
+
+  judged = dataclasses.replace(judge(train, test, num_classes), apply=apply)
+  for split, rows in (("train", other_train), ("test", other_test)):
+    pooled = judged.cache[split, "pooled"]
+    judged.cache[split, "map2"] = pooled._replace(features=np.asarray(rows, np.float32))
+  return judged
+
+
+@pytest.mark.parametrize("kinds", [("pooled", "map2"), ("map2", "pooled"), ("all",), "all"])
+def test_held_out_pictures_choose_the_kind(kinds, caplog):
+  (x, y), (test_x, test_y) = clusters(300), clusters(200, seed=1)
+  noise = np.random.default_rng(5).normal(size=(500, 7))
+  judged = two_kinds((noise[:300], y), (noise[300:], test_y), x, test_x)
+  with caplog.at_level("INFO"):
+    figures = linear.run(judged, kinds=kinds, **QUICK)
+  alone = linear.run(judge((x, y), (test_x, test_y), 5), **QUICK)
+  assert figures == alone | {"linear/kind": 1.0}
+  assert "chose 'map2'" in caplog.text
+
+
+def test_unknown_kind_is_an_error_unless_there_is_only_one():
+  train = clusters(60)
+  judged = two_kinds(train, train, train[0], train[0])
+  with pytest.raises(ValueError, match=r"unknown kind of vector 'map8'; .* has: pooled, map2"):
+    linear.run(judged, kinds=("map8",), **QUICK)
+  with pytest.raises(ValueError, match="kinds is empty"):
+    linear.run(judged, kinds=(), **QUICK)
+  assert linear.run(judge(train, train, 5), kinds=("map8",), **QUICK)["linear/kind"] == 0
+
+
+def test_probe_gives_the_logits_that_are_judged(noisy):
+  train, (test_x, test_y), figures = noisy
+  probe = linear.fit_probe(judge(train, (test_x, test_y), 5), **QUICK)
+  assert probe.kind == "pooled"
+  right = probe.logits(test_x).argmax(1) == test_y
+  assert figures["linear/accuracy"] == pytest.approx(100 * right.mean())
+  assert probe.figures["held_out_accuracy"] == figures["linear/held_out_accuracy"]
+
+
+def test_probe_of_one_setting_holds_nothing_out():
+  x, y = clusters(5, num_classes=5)
+  probe = linear.fit_probe(
+    judge((x, np.arange(5)), (x, y), 5), learning_rates=(0.1,), weight_decays=(0.0,), epochs=3
+  )
+  assert probe.figures == {"learning_rate": 0.1, "weight_decay": 0.0, "kind": 0.0}
+
+
+def test_probe_of_some_ids_is_that_of_these_pictures_alone():
+  (x, y), ids = clusters(200), np.arange(0, 200, 2)
+  some = linear.fit_probe(judge((x, y), (x, y), 5), ids=ids, **QUICK)
+  alone = linear.fit_probe(judge((x[ids], y[ids]), (x, y), 5), **QUICK)
+  np.testing.assert_array_equal(some.head["kernel"], alone.head["kernel"])
