@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,31 @@ from ssrl_jax.parallel import cut_rows
 Head = dict[str, Array]  # kernel float32 [D, K], bias [1, K]
 
 
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
+
+
+class Probe(NamedTuple):
+  """A probe, fitted to the training pictures' features."""
+
+  head: Head
+  mean_1D: np.ndarray  # of the training features, float32
+  scale_1D: np.ndarray  # 1 / deviation, 0 for a constant dimension
+  held_out_accuracy: float  # percent of the held-out training pictures, of the pair chosen
+  learning_rate: float
+  weight_decay: float
+  unlabelled: int  # training pictures that were left out
+
+  def logits(self, features_ND: np.ndarray) -> np.ndarray:
+    """float32 [N, K] of raw features."""
+    return np.asarray(apply(self.head, (features_ND - self.mean_1D) * self.scale_1D))
+
+
 def run(
   evaluation: Evaluation,
   *,
-  learning_rates: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-  weight_decays: Sequence[float] = (0.0, 1e-4, 1e-3, 1e-2),
+  learning_rates: Sequence[float] = LEARNING_RATES,
+  weight_decays: Sequence[float] = WEIGHT_DECAYS,
   epochs: int = 50,
   batch_size: int = 256,
   held_out: float = 0.1,
@@ -49,38 +70,60 @@ def run(
     linear/learning_rate, linear/weight_decay: that pair.
     linear/unlabelled: pictures of both sets that were left out.
   """
-  _check_options(learning_rates, weight_decays, epochs, batch_size)
-  train, train_unlabelled = evaluation.labelled("train")
+  probe = fit_probe(
+    evaluation, learning_rates=learning_rates, weight_decays=weight_decays, epochs=epochs,
+    batch_size=batch_size, held_out=held_out, seed=seed,
+  )  # fmt: skip
   test, test_unlabelled = evaluation.labelled("test")
-  kept, held = split_held_out(train.labels, held_out, seed=seed)
-  pairs = list(itertools.product(learning_rates, weight_decays))
-  options = {
-    "num_classes": evaluation.num_classes,
-    "epochs": epochs,
-    "seed": seed,
-    "mesh": evaluation.mesh,
-  }
-
-  fit = functools.partial(fit_heads, batch_size=batch_size, **options)
-  part, rest = standardise(train.features[kept], train.features[held])
-  heads = fit(part, train.labels[kept], pairs)
-  best, accuracy = choose(heads, rest, train.labels[held])
-  learning_rate, weight_decay = pairs[best]
-  _warn_at_edge("learning_rates", learning_rate, learning_rates)
-  _warn_at_edge("weight_decays", weight_decay, weight_decays)
-
-  whole, unseen = standardise(train.features, test.features)
-  (head,) = unstack(fit(whole, train.labels, [pairs[best]]))
-  logits = np.asarray(apply(head, unseen))
+  logits = probe.logits(test.features)
   figures = {"linear/accuracy": top_accuracy(logits, test.labels, 1)}
   if evaluation.num_classes >= TOP5_CLASSES:
     figures["linear/top5"] = top_accuracy(logits, test.labels, 5)
   return figures | {
-    "linear/held_out_accuracy": accuracy,
-    "linear/learning_rate": learning_rate,
-    "linear/weight_decay": weight_decay,
-    "linear/unlabelled": float(train_unlabelled + test_unlabelled),
+    "linear/held_out_accuracy": probe.held_out_accuracy,
+    "linear/learning_rate": probe.learning_rate,
+    "linear/weight_decay": probe.weight_decay,
+    "linear/unlabelled": float(probe.unlabelled + test_unlabelled),
   }
+
+
+def fit_probe(
+  evaluation: Evaluation,
+  *,
+  learning_rates: Sequence[float] = LEARNING_RATES,
+  weight_decays: Sequence[float] = WEIGHT_DECAYS,
+  epochs: int = 50,
+  batch_size: int = 256,
+  held_out: float = 0.1,
+  seed: int = 0,
+) -> Probe:
+  """The probe of the clean training pictures, fitted once for all protocols that ask alike.
+
+  See `run` for the arguments.
+  """
+  _check_options(learning_rates, weight_decays, epochs, batch_size)
+  grid = tuple(learning_rates), tuple(weight_decays)
+  asked = ("probe", *grid, epochs, batch_size, held_out, seed)
+  if asked in evaluation.cache:
+    return evaluation.cache[asked]
+  train, unlabelled = evaluation.labelled("train")
+  kept, held = split_held_out(train.labels, held_out, seed=seed)
+  pairs = list(itertools.product(*grid))
+  fit = functools.partial(
+    fit_heads, num_classes=evaluation.num_classes, epochs=epochs, batch_size=batch_size, seed=seed,
+    mesh=evaluation.mesh,
+  )  # fmt: skip
+  part, rest = standardise(train.features[kept], train.features[held])
+  best, accuracy = choose(fit(part, train.labels[kept], pairs), rest, train.labels[held])
+  _warn_at_edge("learning_rates", pairs[best][0], learning_rates)
+  _warn_at_edge("weight_decays", pairs[best][1], weight_decays)
+
+  mean_1D, scale_1D = moments(train.features)
+  whole = (train.features - mean_1D) * scale_1D
+  (head,) = unstack(fit(whole, train.labels, [pairs[best]]))
+  probe = Probe(head, mean_1D, scale_1D, accuracy, *pairs[best], unlabelled)
+  evaluation.cache[asked] = probe
+  return probe
 
 
 def split_held_out(
@@ -111,11 +154,16 @@ def split_held_out(
 
 def standardise(train_ND: np.ndarray, other_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Both sets in units of the first one's mean and deviation; constant dimensions become 0."""
+  mean_1D, scale_1D = moments(train_ND)
+  return (train_ND - mean_1D) * scale_1D, (other_MD - mean_1D) * scale_1D
+
+
+def moments(train_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and 1 / deviation, float32 [1, D]; 0 for the scale of a constant dimension."""
   mean = np.mean(train_ND, axis=0, keepdims=True, dtype=np.float64)
   std = np.std(train_ND, axis=0, keepdims=True, dtype=np.float64)
   scale = np.where(std > 1e-6 * np.abs(mean) + 1e-12, 1 / np.maximum(std, 1e-12), 0)
-  mean, scale = mean.astype(np.float32), scale.astype(np.float32)
-  return (train_ND - mean) * scale, (other_MD - mean) * scale
+  return mean.astype(np.float32), scale.astype(np.float32)
 
 
 def fit_heads(
