@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ssrl_jax.evaluate import knn, linear
+from ssrl_jax.evaluate import bias, knn, linear, robustness
 
 
 class Protocol(NamedTuple):
@@ -25,4 +25,10 @@ class Protocol(NamedTuple):
 EVALS: dict[str, Protocol] = {
   "knn": Protocol(knn.run, {"knn/accuracy": "k-NN %"}, pixels=True),
   "linear": Protocol(linear.run, {"linear/accuracy": "linear %"}, pixels=True),
+  "robustness": Protocol(
+    robustness.run,
+    {"robustness/mean": "corrupted %", "robustness/noise": "noise %"},
+    pixels=True,
+  ),
+  "bias": Protocol(bias.run, {"bias/worst_class": "worst class %"}, pixels=True),
 }
