@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ssrl_jax.evaluate import bias, knn, linear, robustness
+from ssrl_jax.evaluate import attention, bias, geometry, knn, linear, robustness
 
 
 class Protocol(NamedTuple):
@@ -30,5 +30,7 @@ EVALS: dict[str, Protocol] = {
     {"robustness/mean": "corrupted %", "robustness/noise": "noise %"},
     pixels=True,
   ),
+  "geometry": Protocol(geometry.run, {"geometry/rankme": "RankMe", "geometry/lidar": "LiDAR"}),
+  "attention": Protocol(attention.run, {"attention/pointing": "pointing %"}),
   "bias": Protocol(bias.run, {"bias/worst_class": "worst class %"}, pixels=True),
 }
