@@ -225,7 +225,7 @@ def entropy(map_hw: np.ndarray) -> float:
 
 
 def iou_at_area(fine_HW: np.ndarray, mask_HW: np.ndarray) -> float:
-  """In [0, 1]: the highest places, as many as the mask has, against the mask; of equals the first."""
+  """In [0, 1]: the highest places, as many as the mask has, against it; of equals the first."""
   area = int(mask_HW.sum())
   highest = np.argsort(-fine_HW, axis=None, kind="stable")[:area]
   both = int(mask_HW.ravel()[highest].sum())
@@ -286,8 +286,8 @@ class Masks(Pictures):
       size = image.size
     if values.ndim != 2 or values.shape != size[::-1]:
       raise ValueError(
-        f"{self.paths[i]} has shape {values.shape}; expected {size[::-1]}, as its picture, of class "
-        "numbers"
+        f"{self.paths[i]} has shape {values.shape}; expected {size[::-1]}, as its picture, of "
+        "class numbers"
       )
     inside = values != 0 if self._target == -1 else values == self._target
     return {"image": inside.astype(np.uint8) * 255, "label": -1}
