@@ -302,11 +302,21 @@ def _elastic_transform(image_HWC: Array, key: Array, settings: Settings) -> Arra
 
 
 def affine_places(to_32: Array, from_32: Array, side: int) -> tuple[Array, Array]:
-  """Row and column [S, S] that each pixel is read from, when points (x, y) go `from` -> `to`."""
-  homogeneous_33 = jnp.concatenate([to_32, jnp.ones((3, 1))], axis=1)
-  back_32 = jnp.linalg.solve(homogeneous_33, from_32)
+  """Row and column [S, S] that each pixel is read from, when points (x, y) go `from` -> `to`.
+
+  A pixel has the same barycentric coordinates in both triangles.
+  """
   column_HW, row_HW = jnp.meshgrid(jnp.arange(side), jnp.arange(side))
-  x_HW, y_HW = (back_32[0, i] * column_HW + back_32[1, i] * row_HW + back_32[2, i] for i in (0, 1))
+  (ax, ay), (bx, by), (cx, cy) = to_32
+  area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
+  beta_HW = ((column_HW - ax) * (cy - ay) - (cx - ax) * (row_HW - ay)) / area
+  gamma_HW = ((bx - ax) * (row_HW - ay) - (column_HW - ax) * (by - ay)) / area
+  x_HW, y_HW = (
+    from_32[0, i]
+    + beta_HW * (from_32[1, i] - from_32[0, i])
+    + gamma_HW * (from_32[2, i] - from_32[0, i])
+    for i in (0, 1)
+  )
   return y_HW, x_HW
 
 
