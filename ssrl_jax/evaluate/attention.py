@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ssrl_jax import parallel
-from ssrl_jax.data.decode import FORMATS
+from ssrl_jax.data.decode import FORMATS, DamagedImage
 from ssrl_jax.data.sources import EXTENSIONS, find_split
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.method import Array, Features
@@ -280,10 +280,13 @@ class Masks(Pictures):
     self._images, self._target = images, target
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    with Image.open(self.paths[i], formats=FORMATS) as mask:
-      values = np.asarray(mask)  # never converted: a palette's numbers are the classes
-    with Image.open(self._images[i], formats=FORMATS) as image:
-      size = image.size
+    try:
+      with Image.open(self.paths[i], formats=FORMATS) as mask:
+        values = np.asarray(mask)  # never converted: a palette's numbers are the classes
+      with Image.open(self._images[i], formats=FORMATS) as image:
+        size = image.size
+    except OSError as error:
+      raise DamagedImage(f"{self.paths[i]} or its picture: {error}") from error
     if values.ndim != 2 or values.shape != size[::-1]:
       raise ValueError(
         f"{self.paths[i]} has shape {values.shape}; expected {size[::-1]}, as its picture, of "

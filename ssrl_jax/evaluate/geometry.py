@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def run(
   Returns:
     geometry/rankme: `rankme`, in [1, D].
     geometry/lidar: `lidar`, in [1, D].
-    geometry/alpha, geometry/alpha_r2: `alpha_req`, and how well the line fits.
+    geometry/alpha, geometry/alpha_r2: `alpha_req`, and how well the line fits. What cannot be told
+      (too few dimensions for alpha, too many duplicates for TwoNN) is left out, with a warning.
     geometry/alignment: `alignment` of two views, in [0, 4]; lower is more invariant.
     geometry/uniformity: `uniformity`, in [-8, 0]; lower is more even.
     geometry/intrinsic_dimension: `two_nn`.
@@ -89,6 +91,13 @@ def run(
     "geometry/num_test": float(len(x_ND)),
     "geometry/dimensions": float(x_ND.shape[1]),
   }
+  undefined = [name for name, value in figures.items() if not np.isfinite(value)]
+  if undefined:
+    logging.warning(
+      "geometry: %s cannot be told of %d vectors of %d dimensions and are left out",
+      ", ".join(undefined), *x_ND.shape,
+    )  # fmt: skip
+    figures = {name: value for name, value in figures.items() if name not in undefined}
   if evaluation.other is not None:
     ours = FeatureSet(rows.features[chosen], rows.labels[chosen], rows.ids[chosen])
     figures["geometry/cka"] = linear_cka(*paired(ours, evaluation.other.features("test", kind)))
