@@ -235,7 +235,7 @@ def test_glass_blur_copies_one_pixel_after_another():
   assert np.mean(np.abs(found - expected) > 1e-5) < 0.05  # where the first cut fell elsewhere
 
 
-@pytest.mark.parametrize("degrees", [0, 30, -45, -135, -90])
+@pytest.mark.parametrize("degrees", [0, 25, -45, -135, -90])
 def test_move_is_a_ray_of_image_magick(degrees):
   x = pictures(1, 12)[0].astype(np.float64)
   settings = on_device(programs._streak(3, 2.0))

@@ -35,9 +35,12 @@ def test_attention_map_of_a_pooling_query_and_without_class_token():
 def test_attention_map_of_a_vit_fits_its_grid():
   model = make_vit(size="pico", patch=8, registers=2)
   images = jnp.zeros((2, SIZE, SIZE, 3))
-  weights = jax.eval_shape(model.init, jax.random.key(0), images, False)
-  found = jax.eval_shape(lambda w, x: attention.attention_map(model.apply(w, x, False)), weights,
-                         images)  # fmt: skip
+
+  def run(key, images):
+    weights = model.init(key, images, False)
+    return attention.attention_map(model.apply(weights, images, False))
+
+  found = jax.eval_shape(run, jax.random.key(0), images)
   assert found.shape == (2, 2, 2)
 
 
