@@ -50,9 +50,9 @@ def test_worst_class_and_gap_of_a_hand_case(tmp_path):
 
 
 def groups_of(path):
-  """Group 0: the wrong bees and 6 ants; 1: the other 30 of the first 40; 2: 3 cats; none: rest."""
+  """Group 0: 9 ants and a wrong bee; 2: the other 3 wrong bees; 1: the 27 others but for cats."""
   group = np.full(60, -1)
-  group[:40], group[:6], group[20:24], group[40:43] = 1, 0, 0, 2
+  group[:40], group[:9], group[20], group[21:24] = 1, 0, 0, 2
   np.save(path, group)
   return group
 
@@ -60,10 +60,12 @@ def groups_of(path):
 def test_groups_are_counted_and_the_worst_is_found(tmp_path):
   group = groups_of(tmp_path / "g.npy")
   figures = bias.run(judge(), groups=str(tmp_path / "g.npy"), probe_epochs=20)
-  assert figures["bias/worst_group"] == pytest.approx(60)  # 6 of 10; group 2 is too small to count
-  assert figures["bias/group_gap"] == pytest.approx(40)
+  assert figures["bias/worst_group"] == pytest.approx(
+    90
+  )  # group 2 has 0, and is too small to count
+  assert figures["bias/group_gap"] == pytest.approx(10)
   assert figures["bias/num_groups"] == 3
-  assert figures["bias/ungrouped"] == 16  # one of the 17 has no label
+  assert figures["bias/ungrouped"] == 19  # one of the 20 cats has no label
   lines = ["position,group", *(f"{i},{'' if g < 0 else f'site {g}'}" for i, g in enumerate(group))]
   (tmp_path / "g.csv").write_text("\n".join(lines) + "\n")
   assert bias.run(judge(), groups=str(tmp_path / "g.csv"), probe_epochs=20) == figures
