@@ -152,8 +152,11 @@ def publish(write):
         write(place, name, s, i, clean.images[i + 1 if wrong else i], i % 3)
 
 
-def check_published(evaluation, source):
-  figures = robustness.run(evaluation, judge="knn", k=1, sigmas=(), source=source)
+def check_published(folder, source):
+  figures = robustness.run(make(folder=folder), judge="knn", k=1, sigmas=(), source=source)
+  rows = table(folder)
+  for s in SEVERITIES:
+    assert float(rows["snow", str(s)]["accuracy"]) == pytest.approx(100 * (6 - s) / 5)
   assert figures["robustness/fog"] == 100
   for name in set(NAMES) - {"fog"}:
     assert figures[f"robustness/{name}"] == pytest.approx(60)
@@ -172,13 +175,13 @@ def test_published_cifar10_c_is_read(tmp_path):
   for name, array in zip(NAMES, arrays):
     np.save(tmp_path / f"{name}.npy", array)
   np.save(tmp_path / "labels.npy", labels)
-  check_published(make(), f"cifar10_c:{tmp_path}")
+  check_published(tmp_path / "out", f"cifar10_c:{tmp_path}")
   np.save(tmp_path / "labels.npy", labels[:20])
   with pytest.raises(ValueError, match=r"expected \[5 N, H, W, 3\] and \[5 N\]"):
-    check_published(make(), f"cifar10_c:{tmp_path}")
+    check_published(tmp_path / "out", f"cifar10_c:{tmp_path}")
   (tmp_path / "snow.npy").unlink()
   with pytest.raises(FileNotFoundError, match=r"1 of 16 are missing, the first snow\.npy"):
-    check_published(make(), f"cifar10_c:{tmp_path}")
+    check_published(tmp_path / "out", f"cifar10_c:{tmp_path}")
 
 
 def test_published_imagenet_c_is_read(tmp_path):
@@ -188,8 +191,8 @@ def test_published_imagenet_c_is_read(tmp_path):
     Image.fromarray(image).save(folder / f"{i}.png")
 
   publish(write)
-  check_published(make(), f"imagenet_c:{tmp_path}")
+  check_published(tmp_path / "out", f"imagenet_c:{tmp_path}")
   for path in (tmp_path / "fog" / "2" / "c").iterdir():
     path.unlink()
   with pytest.raises(ValueError, match="classes only in the first: \\['c'\\]"):
-    check_published(make(), f"imagenet_c:{tmp_path}")
+    check_published(tmp_path / "out", f"imagenet_c:{tmp_path}")
