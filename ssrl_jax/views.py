@@ -136,7 +136,25 @@ def eval_view(
   std: tuple[float, ...],
   change: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
-  """The deterministic view for evaluation: torchvision's Resize and CenterCrop, then normalised.
+  """The deterministic view for evaluation: `eval_pixels`, normalised.
+
+  Args:
+    batch, size, crop: see `eval_pixels`.
+    mean, std: see `normalise`.
+    change: (pixels float32 [B, size, size, 3] in [0, 1], batch["id"]) -> pixels: what is done to
+      the view before it is normalised, such as a corruption.
+
+  Returns:
+    float32 [B, size, size, 3], normalised.
+  """
+  views_BHWC = eval_pixels(batch, size=size, crop=crop)
+  if change is not None:
+    views_BHWC = change(views_BHWC, batch["id"])
+  return jax.vmap(partial(normalise, mean=mean, std=std))(views_BHWC)
+
+
+def eval_pixels(batch: dict[str, Array], *, size: int, crop: float) -> Array:
+  """torchvision's Resize and CenterCrop.
 
   The shorter side of the picture becomes round(size / crop), of which the central `size` are kept:
   size 224 and crop 0.875 are the usual Resize(256), CenterCrop(224). With crop 1 a square picture
@@ -146,12 +164,9 @@ def eval_view(
     batch: image and extent as in `make_views`.
     size: side of the view, pixels.
     crop: fraction of the resized picture's shorter side that is kept, in (0, 1].
-    mean, std: see `normalise`.
-    change: (pixels float32 [B, size, size, 3] in [0, 1], batch["id"]) -> pixels: what is done to
-      the view before it is normalised, such as a corruption.
 
   Returns:
-    float32 [B, size, size, 3], normalised.
+    float32 [B, size, size, 3] in [0, 1].
   """
   if size < 1:
     raise ValueError(f"size is {size}; the evaluation view needs at least 1 pixel")
@@ -170,10 +185,7 @@ def eval_view(
     canvas_SSC = image_SSC.astype(jnp.float32) / 255
     return resample(canvas_SSC, rows_OH, cols_OW)
 
-  views_BHWC = jax.vmap(one)(batch["image"], batch["extent"])
-  if change is not None:
-    views_BHWC = change(views_BHWC, batch["id"])
-  return jax.vmap(partial(normalise, mean=mean, std=std))(views_BHWC)
+  return jax.vmap(one)(batch["image"], batch["extent"])
 
 
 def draw(

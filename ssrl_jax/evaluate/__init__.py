@@ -12,13 +12,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ssrl_jax.evaluate import (
+  attention,
+  bias,
   detection,
   finetune,
+  geometry,
   knn,
   linear,
   linear_sgd,
   low_label,
   retrieval,
+  robustness,
   segmentation,
 )
 
@@ -47,4 +51,12 @@ EVALS: dict[str, Protocol] = {
   "finetune": Protocol(finetune.run, {"finetune/accuracy": "fine-tuned"}),
   "detection": Protocol(detection.run, {"detection/AP": "box AP %", "detection/AP50": "AP50 %"}),
   "segmentation": Protocol(segmentation.run, {"segmentation/miou": "mIoU %"}),
+  "robustness": Protocol(
+    robustness.run,
+    {"robustness/mean": "corrupted %", "robustness/noise": "noise %"},
+    pixels=True,
+  ),
+  "geometry": Protocol(geometry.run, {"geometry/rankme": "RankMe", "geometry/lidar": "LiDAR"}),
+  "attention": Protocol(attention.run, {"attention/pointing": "pointing %"}),
+  "bias": Protocol(bias.run, {"bias/worst_class": "worst class %"}, pixels=True),
 }

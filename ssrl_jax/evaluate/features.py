@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ from ssrl_jax.data.decode import decode
 from ssrl_jax.data.pipeline import eval_batches
 from ssrl_jax.data.sources import Source
 from ssrl_jax.method import Array, Features
-from ssrl_jax.pixels import denormalise
-from ssrl_jax.views import eval_view
+from ssrl_jax.pixels import denormalise, normalise
+from ssrl_jax.views import eval_pixels, eval_view
 
 Change = Callable[[Array, Array], Array]  # see `eval_view`
 Apply = Callable[[Any, Array, bool, Any], tuple[Features, Any]]  # see method.Encoder.apply
@@ -38,6 +38,14 @@ class FeatureSet(NamedTuple):
     """The rows whose label is known."""
     known = self.labels >= 0
     return FeatureSet(self.features[known], self.labels[known], self.ids[known])
+
+
+class Rows(NamedTuple):
+  """What the host knows of a batch."""
+
+  counts: np.ndarray  # bool [B]: False for padding and for pictures that cannot be read
+  labels: np.ndarray  # int32 [B], -1 where unknown
+  ids: np.ndarray  # int64 [B]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +72,7 @@ class Evaluation:
   threads: int = 1  # that decode, in each reader process
   folder: Path | None = None  # where a protocol may write pictures and tables; None: nowhere
   other: Evaluation | None = None  # another encoder, for what compares two
-  cache: dict[Any, FeatureSet] = dataclasses.field(default_factory=dict, repr=False)
+  cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   def with_encoder(self, apply: Apply, weights: Any) -> Evaluation:
     """The same judgement of another encoder; nothing extracted is carried over."""
@@ -116,6 +124,48 @@ class Evaluation:
     batch = {"image": jnp.asarray(np.stack(images)), "extent": jnp.asarray(np.stack(extents))}
     return np.asarray(_pictures(batch, **self._view()))
 
+  def batches(self, split: str, *, limit: int = 0) -> Iterator[dict[str, Array]]:
+    """Every example of a split once, as global batches on the devices.
+
+    Each has image, extent, label, id (words) and weight, which is 0 for what must not count: see
+    `pipeline.eval_batches`.
+
+    Args:
+      limit: only this many examples, spread evenly over the split; 0: all.
+    """
+    parallel.check_batch_size(self.batch_size, self.mesh)
+    batches = eval_batches(
+      self._source(split),
+      batch_size=self.batch_size,
+      canvas=self.canvas,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      limit=limit or None,
+      workers=self.workers,
+      threads=self.threads,
+    )
+    with contextlib.closing(batches):
+      for batch in batches:
+        yield parallel.to_device(batch, self.mesh)
+
+  def views(self, split: str, *, limit: int = 0) -> Iterator[tuple[Array, Array, Rows]]:
+    """The evaluation views, batch by batch, before they are normalised.
+
+    Yields:
+      pixels float32 [B, size, size, 3] in [0, 1]; the id words uint32 [B, 2]; and on the host,
+      which of them count, their labels and ids. The encoder takes the pixels by `encode`.
+    """
+    for batch in self.batches(split, limit=limit):
+      pixels_BHWC, told = _views(batch, mesh=self.mesh, size=self.size, crop=self.crop)
+      label_B, words_B2, weight_B = jax.device_get(told)
+      yield pixels_BHWC, batch["id"], Rows(weight_B > 0, label_B, join_words(words_B2))
+
+  def encode(self, pixels_BHWC: Array, kind: str = "pooled") -> Array:
+    """The vectors [B, D] of evaluation views in [0, 1], float32, whole on every host."""
+    mean, std = tuple(self.mean), tuple(self.std)
+    options = {"apply": self.apply, "kind": kind, "mesh": self.mesh, "mean": mean, "std": std}
+    return _encode(self.weights, pixels_BHWC, **options)
+
   def _source(self, split: str) -> Source:
     sources = {"train": self.train, "test": self.test}
     if split not in sources:
@@ -130,25 +180,13 @@ class Evaluation:
     self, split: str, kinds: tuple[str, ...], change: Change | None = None
   ) -> dict[str, FeatureSet]:
     source = self._source(split)
-    parallel.check_batch_size(self.batch_size, self.mesh)
-    batches = eval_batches(
-      source,
-      batch_size=self.batch_size,
-      canvas=self.canvas,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      workers=self.workers,
-      threads=self.threads,
-    )
     rows, pending = [], None
-    with contextlib.closing(batches):
-      for batch in batches:
-        batch = parallel.to_device(batch, self.mesh)
-        options = {"apply": self.apply, "kinds": kinds, "mesh": self.mesh, "change": change}
-        out = _extract_batch(self.weights, batch, **options, **self._view())
-        if pending:  # fetch the batch before this one while this one is computed
-          rows.append(_fetch(pending))
-        pending = out
+    options = {"apply": self.apply, "kinds": kinds, "mesh": self.mesh, "change": change}
+    for batch in self.batches(split):
+      out = _extract_batch(self.weights, batch, **options, **self._view())
+      if pending:  # fetch the batch before this one while this one is computed
+        rows.append(_fetch(pending))
+      pending = out
     rows.append(_fetch(pending))
     *columns, labels, ids = (np.concatenate(column) for column in zip(*rows))
     order = np.argsort(ids)
@@ -186,6 +224,21 @@ def _extract_batch(weights, batch, *, apply, kinds, mesh, **view):
   return jax.lax.with_sharding_constraint(out, parallel.replicated(mesh))
 
 
+@functools.partial(jax.jit, static_argnames=("mesh", "size", "crop"))
+def _views(batch, *, mesh, size, crop):
+  told = (batch["label"], batch["id"], batch["weight"])
+  told = jax.lax.with_sharding_constraint(told, parallel.replicated(mesh))
+  pixels_BHWC = eval_pixels(batch, size=size, crop=crop)
+  return jax.lax.with_sharding_constraint(pixels_BHWC, parallel.batch_sharding(mesh)), told
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "kind", "mesh", "mean", "std"))
+def _encode(weights, pixels_BHWC, *, apply, kind, mesh, mean, std):
+  images_BHWC = jax.vmap(functools.partial(normalise, mean=mean, std=std))(pixels_BHWC)
+  found = vectors(apply(weights, images_BHWC, False, None)[0])[kind]
+  return jax.lax.with_sharding_constraint(found, parallel.replicated(mesh))
+
+
 @functools.partial(jax.jit, static_argnames=("size", "crop", "mean", "std"))
 def _pictures(batch, *, size, crop, mean, std):
   views_BHWC = eval_view(batch, size=size, crop=crop, mean=mean, std=std)
@@ -195,9 +248,13 @@ def _pictures(batch, *, size, crop, mean, std):
 def _fetch(out: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
   """The rows that count: padding and damaged pictures have weight 0."""
   *vectors, label_B, words_B2, weight_B = jax.device_get(out)
-  id_B = words_B2[:, 0].astype(np.int64) | (words_B2[:, 1].astype(np.int64) << 32)
-  counts = weight_B > 0
+  id_B, counts = join_words(words_B2), weight_B > 0
   return *(x[counts] for x in vectors), label_B[counts], id_B[counts]
+
+
+def join_words(words_B2: np.ndarray) -> np.ndarray:
+  """The ids, int64 [B], of their low and high words."""
+  return words_B2[:, 0].astype(np.int64) | (words_B2[:, 1].astype(np.int64) << 32)
 
 
 def _check(rows: FeatureSet, *, split: str, num_expected: int, num_classes: int | None) -> None:
