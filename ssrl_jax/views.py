@@ -13,7 +13,6 @@ Shapes: B batch, H W C picture, S side of the canvas, J jitter operations in use
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -134,22 +133,17 @@ def eval_view(
   crop: float,
   mean: tuple[float, ...],
   std: tuple[float, ...],
-  change: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
   """The deterministic view for evaluation: `eval_pixels`, normalised.
 
   Args:
     batch, size, crop: see `eval_pixels`.
     mean, std: see `normalise`.
-    change: (pixels float32 [B, size, size, 3] in [0, 1], batch["id"]) -> pixels: what is done to
-      the view before it is normalised, such as a corruption.
 
   Returns:
     float32 [B, size, size, 3], normalised.
   """
   views_BHWC = eval_pixels(batch, size=size, crop=crop)
-  if change is not None:
-    views_BHWC = change(views_BHWC, batch["id"])
   return jax.vmap(partial(normalise, mean=mean, std=std))(views_BHWC)
 
 

@@ -23,7 +23,6 @@ from ssrl_jax.method import Array, Features
 from ssrl_jax.pixels import denormalise, normalise
 from ssrl_jax.views import eval_pixels, eval_view
 
-Change = Callable[[Array, Array], Array]  # see `eval_view`
 Apply = Callable[[Any, Array, bool, Any], tuple[Features, Any]]  # see method.Encoder.apply
 
 
@@ -78,15 +77,12 @@ class Evaluation:
     """The same judgement of another encoder; nothing extracted is carried over."""
     return dataclasses.replace(self, apply=apply, weights=weights, cache={})
 
-  def features(self, split: str, kind: str = "pooled", change: Change | None = None) -> FeatureSet:
+  def features(self, split: str, kind: str = "pooled") -> FeatureSet:
     """The features of "train" or "test", extracted at the first call; the same on every host.
 
     Args:
       kind: what of the encoder's output, see `vectors`. All kinds are extracted at once.
-      change: what is done to each view first, see `eval_view`; of these nothing is kept.
     """
-    if change is not None:
-      return self._extract(split, (kind,), change)[kind]
     if (split, kind) not in self.cache:
       kinds = ("pooled",) if kind == "pooled" else self.kinds()
       found = self._extract(split, kinds)
@@ -176,12 +172,10 @@ class Evaluation:
     mean, std = tuple(self.mean), tuple(self.std)  # hashable also when a config made them lists
     return {"size": self.size, "crop": self.crop, "mean": mean, "std": std}
 
-  def _extract(
-    self, split: str, kinds: tuple[str, ...], change: Change | None = None
-  ) -> dict[str, FeatureSet]:
+  def _extract(self, split: str, kinds: tuple[str, ...]) -> dict[str, FeatureSet]:
     source = self._source(split)
     rows, pending = [], None
-    options = {"apply": self.apply, "kinds": kinds, "mesh": self.mesh, "change": change}
+    options = {"apply": self.apply, "kinds": kinds, "mesh": self.mesh}
     for batch in self.batches(split):
       out = _extract_batch(self.weights, batch, **options, **self._view())
       if pending:  # fetch the batch before this one while this one is computed
@@ -214,7 +208,7 @@ def vectors(features: Features) -> dict[str, Array]:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("apply", "kinds", "mesh", "change", "size", "crop", "mean", "std")
+  jax.jit, static_argnames=("apply", "kinds", "mesh", "size", "crop", "mean", "std")
 )
 def _extract_batch(weights, batch, *, apply, kinds, mesh, **view):
   """Features, label, id and weight of a global batch, whole on every device, so on every host."""
