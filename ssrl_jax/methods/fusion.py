@@ -15,7 +15,7 @@ is a switch, and ablations are overrides:
                            global views, which an online predictor must meet
 
 Letting each scale meet the target of the fused vector instead of its own was measured and worse:
-README, "How fusion got its form".
+docs/methods.md, "How fusion got its form".
 """
 
 from __future__ import annotations
