@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 
-import grain
 import numpy as np
 
 from ssrl_jax.data.decode import DamagedImage, decode
@@ -14,6 +13,8 @@ from ssrl_jax.data.pipeline import (
   Batch,
   Batches,
   check_at_least,
+  each_once,
+  epochs_and_ids,
   local_batch_size,
   prefetched,
 )
@@ -42,13 +43,7 @@ def train_batches(
   """
   local_size = local_batch_size(batch_size, process_index, process_count)
   check_at_least(0, seed=seed, start_step=start_step, workers=workers)
-  if len(source) < batch_size:
-    raise ValueError(
-      f"{source!r} has {len(source)} pictures, fewer than one batch of {batch_size}; lower "
-      f"batch_size to at most {len(source)}"
-    )
-  whole = len(source) // batch_size * batch_size
-  ids = grain.MapDataset.range(len(source)).seed(seed).shuffle()[:whole].repeat(None)
+  ids = epochs_and_ids(source, seed, batch_size).map(lambda drawn: drawn[1])
   ids = ids[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads)
   return Batches(prefetched(ids.map(reader)[start_step:], workers), reader)
@@ -70,17 +65,10 @@ def eval_batches(
   Args:
     limit: only so many of them, spread evenly over the source.
   """
-  local_size = local_batch_size(batch_size, process_index, process_count)
   check_at_least(0, workers=workers)
-  n = len(source)
-  count = min(n, limit or n)
-  num_batches = -(-count // batch_size)
-  ids = np.full(num_batches * batch_size, PADDING, np.int64)
-  ids[:count] = np.arange(count) * n // count
-  mine = ids.reshape(num_batches, process_count, local_size)[:, process_index]
   reader = _Reader(source, canvas, threads)
-  batches = grain.MapDataset.range(num_batches).map(mine.__getitem__).map(reader)
-  return Batches(prefetched(batches, workers), reader)
+  ids = each_once(len(source), batch_size, process_index, process_count, limit)
+  return Batches(prefetched(ids.map(reader), workers), reader)
 
 
 class _Reader:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -100,21 +101,24 @@ def train_batches(
   """
   local_size = local_batch_size(batch_size, process_index, process_count)
   check_at_least(0, seed=seed, start_step=start_step, workers=workers)
-  if len(source) < batch_size:
-    raise ValueError(
-      f"{source!r} has {len(source)} examples, fewer than one batch of {batch_size}; lower "
-      f"batch_size to at most {len(source)}"
-    )
   check_frames(source, frames, frame_span)
-  whole = len(source) // batch_size * batch_size
-  drawn = _epochs_and_ids(len(source), seed, whole, sampling)
+  drawn = epochs_and_ids(source, seed, batch_size, sampling)
   drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
   return Batches(prefetched(drawn.map(reader.train)[start_step:], workers), reader)
 
 
-def _epochs_and_ids(n: int, seed: int, whole: int, sampling: Sampling | None) -> grain.MapDataset:
-  """The endless global stream of (epoch, id), `whole` of them an epoch."""
+def epochs_and_ids(
+  source: Any, seed: int, batch_size: int, sampling: Sampling | None = None
+) -> grain.MapDataset:
+  """The endless global stream of (epoch, id), whole batches an epoch."""
+  n = len(source)
+  if n < batch_size:
+    raise ValueError(
+      f"{source!r} has {n} examples, fewer than one batch of {batch_size}; lower batch_size to at "
+      f"most {n}"
+    )
+  whole = n // batch_size * batch_size
   if sampling is None:
     ids = grain.MapDataset.range(n).seed(seed).shuffle()[:whole].repeat(None)
     return ids.map_with_index(lambda at, i: (at // whole, i))
@@ -144,19 +148,25 @@ def eval_batches(
     source: as for `train_batches`, and so is what is not named here.
     limit: only this many examples, spread evenly over the source, which may be sorted by class.
   """
-  local_size = local_batch_size(batch_size, process_index, process_count)
   check_at_least(0, workers=workers)
+  reader = _Reader(source, canvas, threads)
+  ids = each_once(len(source), batch_size, process_index, process_count, limit)
+  return Batches(prefetched(ids.map(reader.evaluate), workers), reader)
+
+
+def each_once(
+  n: int, batch_size: int, process_index: int, process_count: int, limit: int | None
+) -> grain.MapDataset:
+  """The ids of this process's share of each batch, PADDING where the examples have ended."""
+  local_size = local_batch_size(batch_size, process_index, process_count)
   if limit is not None:
     check_at_least(1, limit=limit)
-  n = len(source)
   count = min(n, limit or n)
   num_batches = -(-count // batch_size)
   positions = np.full(num_batches * batch_size, PADDING, np.int64)
   positions[:count] = np.arange(count) * n // count
   mine = positions.reshape(num_batches, process_count, local_size)[:, process_index]
-  reader = _Reader(source, canvas, threads)
-  batches = grain.MapDataset.range(num_batches).map(mine.__getitem__).map(reader.evaluate)
-  return Batches(prefetched(batches, workers), reader)
+  return grain.MapDataset.range(num_batches).map(mine.__getitem__)
 
 
 def local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:

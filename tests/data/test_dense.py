@@ -260,7 +260,7 @@ def test_a_mask_with_a_palette_is_read_as_numbers(tmp_path):
 
 def test_fewer_pictures_than_a_batch_are_refused(tmp_path):
   source = open_masks(write_masks(tmp_path, n=2), split="train")
-  with pytest.raises(ValueError, match="2 pictures, fewer than one batch of 4"):
+  with pytest.raises(ValueError, match="2 examples, fewer than one batch of 4"):
     train_batches(source, seed=0, batch_size=4, canvas=8)
 
 
