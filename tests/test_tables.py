@@ -234,3 +234,35 @@ def test_unknown_file_and_budget_are_refused(tmp_path):
     tables.load_table("configs/tables/none.py")
   with pytest.raises(ValueError, match="unknown budget 'locl'; did you mean 'local'"):
     tables.load_table("configs/smoke.py:locl")
+
+
+REAL = """
+from ssrl_jax.tables import Column, Judge, Row, Table, Training
+
+def get_table(budget):
+  train = Training("configs/smoke.py:simclr", {"steps": 2, "data.num_train": 64})
+  return Table(
+    "Real", "Smoke.", "", (Row("simclr", train), Row("random init", train, encoder="random_init")),
+    (Column("k-NN %", "near", "knn/accuracy"), Column("minutes", "run", "minutes")),
+    {"near": Judge("knn", {"evaluate.knn.k": 5, "data.num_test": 32})},
+    subject="simclr", baselines=("random init",),
+  )
+"""
+
+
+def test_the_command_trains_judges_writes_and_finds_everything_done_the_next_time(tmp_path, capsys):
+  (tmp_path / "real.py").write_text(REAL)
+  argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path / 'out'}"]
+  assert tables.cli(argv) == 0, next((tmp_path / "out").glob("runs/*/table.log")).read_text()
+  first = capsys.readouterr().out
+  assert "train\n" in first
+  assert "near of trained, random_init\n" in first
+  record = json.loads((tmp_path / "out" / "real-local.json").read_text())
+  for row in record["rows"]:
+    assert 0 <= row["cells"]["k-NN %"]["0"] <= 100
+  (judged,) = (tmp_path / "out").glob("runs/*/judged/*.json")
+  options = json.loads(judged.read_text())
+  assert options["options"]["knn"]["k"] == 5
+  assert options["data"]["num_test"] == 32
+  assert tables.cli(argv) == 0
+  assert "train\n" not in capsys.readouterr().out
