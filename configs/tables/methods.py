@@ -32,6 +32,5 @@ def get_table(budget: str) -> Table:
     Column("k-NN %", "frozen", "knn/accuracy"),
     Column("linear %", "frozen", "linear/accuracy"),
     Column("CPU minutes", "run", "cpu_minutes"),
-    Column("images/s", "run", "images_per_second", decimals=0),
   )
   return Table("Methods", text, "", tuple(rows), columns, {"frozen": Judge(FROZEN)})
