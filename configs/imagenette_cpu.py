@@ -3,9 +3,9 @@
 Command   python -m ssrl_jax.main --config=configs/imagenette_cpu.py:METHOD
             --config.data.source=folder:PATH     (class folders under PATH/train and PATH/val)
 Hardware  2 CPU cores
-Time      see README.md
-Expected  README.md, "Measured"
-Status    run
+Time      not measured
+Expected  -
+Status    not run
 """
 
 from ml_collections import ConfigDict
