@@ -22,7 +22,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.encoder.resnet.update({"stem": "imagenet", "width": 24})
   c.encoder.fusion.width = 64
   c.data.source = "tfds:imagenette/160px-v2"
-  c.data.canvas = 160
+  c.data.update({"canvas": 160, "dry_run_examples": 9469, "dry_run_classes": 10})
   c.global_views = view_group(
     size=96, area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
   )

@@ -189,7 +189,12 @@ def _as_flag(value: Any, data: str) -> str:
 
 def finished(folder: Path) -> bool:
   """Whether a run was trained to its end, or to a loss that is not finite."""
-  return (folder / "results.json").exists() or (folder / "non_finite.json").exists()
+  return (folder / "results.json").exists() or diverged(folder)
+
+
+def diverged(folder: Path) -> bool:
+  """Whether a run ended in a loss that is not finite, and was not brought to its end after all."""
+  return (folder / "non_finite.json").exists() and not (folder / "results.json").exists()
 
 
 def judged_file(folder: Path, key: str, judge: Judge) -> Path:
@@ -217,7 +222,7 @@ def missing(
       pixels = any(p.pixels for p in protocols)
       wanted = [e for e in run.encoders if e != "raw_pixels" or pixels]
       left = tuple(e for e in wanted if e not in done)
-      if left and not (folder / "non_finite.json").exists():
+      if left and not diverged(folder):
         to_judge.append((run, key, left))
   return to_train, to_judge
 
@@ -247,7 +252,7 @@ def make(
     say(f"{folder.name}: {what}")
     log = folder / "table.log"
     status = run_command(command, log)
-    if status and not (folder / "non_finite.json").exists():
+    if status and not diverged(folder):
       last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
       failed.append(f"{folder.name}: {what} failed with {status}: {' '.join(last)}")
       say(failed[-1])
@@ -277,7 +282,7 @@ def run_figures(folder: Path) -> dict[str, float]:
   minutes: wall clock of the process that finished it. cpu_minutes: its processor time over all
   threads. images_per_second: median over the log. diverged: 1 where the loss was not finite.
   """
-  if (folder / "non_finite.json").exists():
+  if diverged(folder):
     return {"diverged": 1.0}
   record = json.loads((folder / "results.json").read_text())
   return {

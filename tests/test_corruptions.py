@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from ssrl_jax import corruption_programs as programs
 from ssrl_jax import corruptions, parallel
-from ssrl_jax.corruption_levels import ALEXNET_ERROR, LEVELS
-from ssrl_jax.corruptions import NAMES, SEVERITIES, corrupt, table_for
+from ssrl_jax.corruptions import NAMES, SEVERITIES, corrupt, programs, table_for
+from ssrl_jax.corruptions.levels import ALEXNET_ERROR, LEVELS
 
 SMALL = 16  # pixels: quick to compile
 

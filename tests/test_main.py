@@ -130,6 +130,35 @@ def test_evaluate_gives_the_run_s_own_figures(finished):
   assert "linear" not in out
 
 
+def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(finished, tmp_path):
+  folder, _, _ = finished
+  out = tmp_path / "own.json"
+  shared = [f"--workdir={folder}", f"--out={out}", "--encoders=trained"]
+  code, _, err = run(*shared, "--evals=knn", "--evaluate.knn.k=3", module="ssrl_jax.evaluate")
+  assert code == 0, err
+  options = ["--evals=retrieval,geometry", "--evaluate.geometry.num_lidar=8", f"--other={folder}"]
+  code, printed, err = run(*shared, *options, module="ssrl_jax.evaluate")
+  assert code == 0, err
+  record = json.loads(out.read_text())
+  assert list(record["results"]) == ["trained"]
+  figures = record["results"]["trained"]
+  assert {"knn/accuracy", "retrieval/map", "geometry/rankme"} <= figures.keys()
+  assert figures["knn/k"] == 3
+  assert figures["geometry/cka"] == pytest.approx(1, abs=1e-4)  # with itself
+  assert record["options"]["knn"]["k"] == 3
+  assert "recall@1 %" in printed
+  assert (tmp_path / "own" / "trained" / "geometry_spectrum.csv").exists()
+  assert json.loads((folder / "data.json").read_text()) == {"num_examples": 128, "num_classes": 10}
+
+
+def test_evaluate_names_the_nearest_option(finished):
+  folder, _, _ = finished
+  for argument in ("--evaluate.knn.kk=3", "--data.sourc=x"):
+    code, _, err = run(f"--workdir={folder}", argument, module="ssrl_jax.evaluate")
+    assert code == 1
+    assert "did you mean" in err
+
+
 def deterministic(record: dict) -> dict:
   timing = ("images_per_second", "data_wait_percent", "mfu_percent")
   return {k: v for k, v in record.items() if k not in timing}

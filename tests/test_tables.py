@@ -151,6 +151,17 @@ def test_divergence_is_counted_and_leaves_the_mean_alone(tmp_path):
   assert "| fusion | 3 of 3 | 51.0 ± 1.4 | 77.8 | 1.50 ± 0.00 | 0.33 ± 0.58 |" in text
 
 
+def test_a_run_that_came_to_its_end_after_all_did_not_diverge(tmp_path):
+  stand_in = Stand_in(diverges=lambda c: "--config.seed=2" in c)
+  make(tmp_path, stand_in)
+  folder = tables.runs_of(TABLE)[2].folder([tmp_path])
+  assert tables.run_figures(folder) == {"diverged": 1.0}
+  record = {"wall_seconds": 60, "cpu_seconds": 60, "images_per_second": 1.0, "step": 8}
+  (folder / "results.json").write_text(json.dumps(record))
+  assert tables.run_figures(folder)["diverged"] == 0
+  assert [run.seed for run, _, _ in tables.missing(TABLE, [tmp_path])[1]] == [2]
+
+
 def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
   make(tmp_path, Stand_in())
   other = TABLE._replace(judges={"frozen": Judge("linear", {"evaluate.linear.epochs": 4})})

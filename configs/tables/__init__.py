@@ -29,8 +29,8 @@ PHOTOS_TEXT = "Pretrained on 2,800 photographs: ResNet-10 of width 24, 96 px, 12
 IMAGENET_TEXT = "ImageNet-1k: ResNet-50, as configs/imagenet.py has it."
 
 CIFAR = {"data.source": f"folder:{DATA}/cifar10", "epochs": 8.0}
-PHOTOS = {"data.source": f"folder:{DATA}/imagenette128"}
-GROCERY = {"data.source": f"folder:{DATA}/grocery128"}
+PHOTOS = {"data.source": f"folder:{DATA}/imagenette128", "data.dry_run_examples": 2800}
+GROCERY = {"data.source": f"folder:{DATA}/grocery128", "data.dry_run_examples": 2640}
 
 
 def cifar(method: str, changes: Mapping[str, Any] = NOTHING) -> Training:

@@ -15,7 +15,7 @@ def get_table(budget: str) -> Table:
   ]
   if local:  # as many numbers an image as fusion has
     fair = {"encoder.fusion.enabled": True}
-    rows += [Row(f"{m}, encoder of fusion", train(m, fair), seeds) for m in ("simclr", "swav")]
+    rows += [Row(f"{m}, encoder of fusion", train(m, fair)) for m in ("simclr", "swav")]
   rows += [
     Row("random init", train("simclr"), seeds, encoder="random_init"),
     Row("random init, encoder of fusion", train("fusion"), seeds, encoder="random_init"),

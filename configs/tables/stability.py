@@ -3,7 +3,7 @@
 from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
 from ssrl_jax.tables import Column, Judge, Row, Table, resolve
 
-FACTORS = (0.3, 1.0, 3.0, 10.0)
+FACTORS = (1.0, 3.0, 10.0)
 
 
 def get_table(budget: str) -> Table:

@@ -33,6 +33,7 @@ class Protocol(NamedTuple):
   run: Callable[..., dict[str, float]]
   columns: dict[str, str]  # its main figures and their titles in a table
   pixels: bool = False  # whether it can judge raw pixels: it asks for nothing but `pooled`
+  needs: str = "labels"  # of the run's pictures: labels, test (pictures) or nothing
 
 
 EVALS: dict[str, Protocol] = {
@@ -49,14 +50,18 @@ EVALS: dict[str, Protocol] = {
     {"low_label/1pct/accuracy": "1 % lab.", "low_label/10pct/accuracy": "10 % lab."},
   ),
   "finetune": Protocol(finetune.run, {"finetune/accuracy": "fine-tuned"}),
-  "detection": Protocol(detection.run, {"detection/AP": "box AP %", "detection/AP50": "AP50 %"}),
-  "segmentation": Protocol(segmentation.run, {"segmentation/miou": "mIoU %"}),
+  "detection": Protocol(
+    detection.run, {"detection/AP": "box AP %", "detection/AP50": "AP50 %"}, needs="nothing"
+  ),
+  "segmentation": Protocol(segmentation.run, {"segmentation/miou": "mIoU %"}, needs="nothing"),
   "robustness": Protocol(
     robustness.run,
     {"robustness/mean": "corrupted %", "robustness/noise": "noise %"},
     pixels=True,
   ),
-  "geometry": Protocol(geometry.run, {"geometry/rankme": "RankMe", "geometry/lidar": "LiDAR"}),
-  "attention": Protocol(attention.run, {"attention/pointing": "pointing %"}),
+  "geometry": Protocol(
+    geometry.run, {"geometry/rankme": "RankMe", "geometry/lidar": "LiDAR"}, needs="test"
+  ),
+  "attention": Protocol(attention.run, {"attention/pointing": "pointing %"}, needs="test"),
   "bias": Protocol(bias.run, {"bias/worst_class": "worst class %"}, pixels=True),
 }

@@ -58,7 +58,7 @@ class Evaluation:
   apply: Apply
   weights: Any  # arrays on the mesh; () for an encoder without any
   train: Source  # the bank of k-NN, the training set of the linear probe
-  test: Source
+  test: Source | None  # None: only for protocols that bring their own pictures
   num_classes: int | None  # None: unlabelled
   mesh: Mesh
   canvas: int  # side of the square that a picture is decoded to, pixels

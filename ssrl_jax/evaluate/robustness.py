@@ -1,7 +1,7 @@
 """Robustness to common corruptions: a judge of clean features meets corrupted test pictures.
 
 Hendrycks & Dietterich, ICLR 2019: 15 corruptions at 5 severities. The pictures are corrupted on the
-device as they are judged (`ssrl_jax/corruptions.py` names where that departs from the published
+device as they are judged (`ssrl_jax.corruptions` names where that departs from the published
 sets), or read from the published ImageNet-C or CIFAR-10-C.
 """
 
@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from ssrl_jax.corruption_levels import ALEXNET_ERROR
 from ssrl_jax.corruptions import NAMES, NOISES, SEVERITIES, corrupt, table_for
+from ssrl_jax.corruptions.levels import ALEXNET_ERROR
 from ssrl_jax.data.sources import FolderSource, Source, check_same_classes
 from ssrl_jax.evaluate import knn
 from ssrl_jax.evaluate.features import Evaluation

@@ -69,15 +69,15 @@ def load_run(folder: Path) -> Loaded:
 
 
 def open_test(experiment: Experiment, train: Source) -> Source | None:
-  """The test pictures, or None and a warning if this source has no labels or no test split.
+  """The test pictures, or None, and a warning where a protocol of the config misses something.
 
   Called before training, so that nobody waits for hours to read that there is nothing to measure.
   """
-  config = experiment.config
-  if not select(config.evaluate.evals):
-    return None
-  if not train.num_classes:
-    logging.warning("%r has no labels: k-NN and linear evaluation will not be run", train)
+  config, chosen = experiment.config, select(experiment.config.evaluate.evals)
+  labelled = [name for name, p in chosen.items() if p.needs == "labels"]
+  if labelled and not train.num_classes:
+    logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
+  if not [n for n, p in chosen.items() if p.needs != "nothing" and runs(p, train, True)]:
     return None
   try:
     test = open_split(config, "test")
@@ -87,8 +87,16 @@ def open_test(experiment: Experiment, train: Source) -> Source | None:
       "--config.data.test, or silence this with --config.evaluate.evals=''", error,
     )  # fmt: skip
     return None
-  check_same_classes(train, test)
+  if train.num_classes:
+    check_same_classes(train, test)
   return test
+
+
+def runs(protocol: Protocol, train: Source, has_test: bool) -> bool:
+  """Whether the run's pictures have what a protocol needs."""
+  if protocol.needs == "nothing":
+    return True
+  return has_test and (protocol.needs == "test" or bool(train.num_classes))
 
 
 def trained_evaluation(
@@ -141,8 +149,8 @@ def evaluate_run(
 
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
   """
-  chosen = select(evals)
-  if test is None or not chosen:
+  chosen = {n: p for n, p in select(evals).items() if runs(p, train, test is not None)}
+  if not chosen:
     return Evaluated({}, None)
   trained = trained_evaluation(experiment, state, train, test, folder)
   if other:
@@ -161,7 +169,7 @@ def evaluate_run(
     if figures:
       results[name] = figures
       say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
-  return Evaluated(results, trained)
+  return Evaluated(results, trained if test is not None else None)
 
 
 def control(name: str, trained: Evaluation, experiment: Experiment) -> Evaluation:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from ssrl_jax import corruptions, parallel
-from ssrl_jax.corruption_levels import ALEXNET_ERROR
 from ssrl_jax.corruptions import NAMES, NOISES, SEVERITIES
+from ssrl_jax.corruptions.levels import ALEXNET_ERROR
 from ssrl_jax.evaluate import linear, robustness
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
 

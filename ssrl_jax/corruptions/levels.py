@@ -7,7 +7,7 @@ from __future__ import annotations
 
 Level = float | tuple[float, ...]
 
-# What each number means stands in ssrl_jax/corruptions.py.
+# What each number means stands in ssrl_jax/corruptions/__init__.py.
 LEVELS: dict[str, dict[str, tuple[Level, ...]]] = {
   "imagenet_c": {
     "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),

@@ -1,6 +1,6 @@
 """Each of the 14 corruptions that the device computes: a program for one picture, and its settings.
 
-`ssrl_jax/corruptions.py` says what they are and where they depart from the published ones. A
+`ssrl_jax.corruptions` says what they are and where they depart from the published ones. A
 program is a pure function of a picture (multiples of 1 / 255), a key and settings; its result is
 clipped and cut to 8 bits by the caller. Settings are made on the host, of the same shapes for all
 levels of a picture's side.
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ssrl_jax.corruption_levels import Level
+from ssrl_jax.corruptions.levels import Level
 from ssrl_jax.method import Array
 from ssrl_jax.pixels import greyscale
 

@@ -2,7 +2,7 @@
 
 The constants are those of ImageNet-C (224 px) and CIFAR-10-C (32 px), from hendrycks/robustness. A
 corruption is a program for one picture and a function that makes its settings of a severity
-(`corruption_programs.py`): arrays of the same shapes for all severities, computed with SciPy and
+(`programs.py`): arrays of the same shapes for all severities, computed with SciPy and
 Pillow where those define the result, so that the device compiles 14 programs and not 70. JPEG is
 encoded and decoded on the host, by Pillow.
 
@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ssrl_jax.corruption_levels import LEVELS, Level
-from ssrl_jax.corruption_programs import PROGRAMS, Settings, to_8_bits
+from ssrl_jax.corruptions.levels import LEVELS, Level
+from ssrl_jax.corruptions.programs import PROGRAMS, Settings, to_8_bits
 from ssrl_jax.method import Array
 
 SEVERITIES = (1, 2, 3, 4, 5)

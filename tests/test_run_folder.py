@@ -1,0 +1,30 @@
+import json
+
+from ssrl_jax.run_folder import merge_evaluation
+
+OPTIONS = {"evaluate": {"knn": {"k": 5}, "linear": {"epochs": 2}}, "data": {"source": "a"}}
+
+
+def merge(path, results, digest="d", options=OPTIONS):
+  merge_evaluation(path, results, options=options, step=8, state_digest=digest)
+  return json.loads(path.read_text())
+
+
+def test_figures_of_one_state_and_the_same_pictures_add_up(tmp_path):
+  path = tmp_path / "new" / "evaluation.json"
+  merge(path, {"trained": {"knn/accuracy": 1.0}})
+  merge(path, {"random_init": {"knn/accuracy": 2.0}})
+  record = merge(path, {"trained": {"linear/accuracy": 3.0}})
+  assert record["results"] == {
+    "trained": {"knn/accuracy": 1.0, "linear/accuracy": 3.0},
+    "random_init": {"knn/accuracy": 2.0},
+  }
+  assert record["options"] == {"knn": {"k": 5}, "linear": {"epochs": 2}}
+
+
+def test_figures_of_another_state_or_of_other_pictures_are_dropped(tmp_path):
+  path, new = tmp_path / "evaluation.json", {"trained": {"linear/accuracy": 3.0}}
+  for change in ({"digest": "e"}, {"options": OPTIONS | {"data": {"source": "b"}}}):
+    path.unlink(missing_ok=True)
+    merge(path, {"trained": {"knn/accuracy": 1.0}})
+    assert merge(path, new, **change)["results"] == new
