@@ -126,6 +126,17 @@ def test_encoder_may_need_randomness(name):
   assert jax.eval_shape(experiment.method.loss, *arguments)[0].shape == ()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_papers_that_judge_the_target_are_followed_and_the_others_judge_what_was_trained(name):
+  experiment = make_experiment(name, {})
+  state = abstract_state(experiment)
+  judged = experiment.method.encoder.weights(state.params, state.method_state)
+  trained = {"params": state.params, "batch_stats": state.method_state["batch_stats"]}
+  source = state.method_state["target"] if name in ("dino", "ibot", "ijepa") else trained
+  assert judged["params"] is source["params"]["encoder"]
+  assert judged["batch_stats"] == source["batch_stats"].get("encoder", {})
+
+
 def test_loss_falls_on_a_fixed_batch(case):
   assert np.all(np.isfinite(case.losses))
   assert np.mean(case.losses[-3:]) < case.losses[0] - 0.05 * abs(case.losses[0])
