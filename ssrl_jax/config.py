@@ -8,10 +8,7 @@ arguments: a knob that exists there exists here, and nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import inspect
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +21,12 @@ from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
+from ssrl_jax.options import keyword_defaults, nearest
 
 # What may change between a run and its continuation. It cannot change what a step computes, but for
 # `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
             "data.threads", "data.dry_run")  # fmt: skip
-
-
-def nearest(name: str, known: Iterable[str], what: str) -> str:
-  """The message for an unknown name: the nearest valid one first, then all of them."""
-  known = list(known)
-  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  hint = f"did you mean {close[0]!r}? " if close else ""
-  return f"unknown {what} {name!r}; {hint}known: {', '.join(known)}"
-
-
-def keyword_defaults(f: Callable, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-  """{name: default} of the arguments of `f` that have one."""
-  parameters = inspect.signature(f).parameters.values()
-  return {
-    p.name: p.default
-    for p in parameters
-    if p.default is not inspect.Parameter.empty and p.name not in leave_out
-  }
 
 
 def view_group(**changes: Any) -> ConfigDict:

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ssrl_jax import optim, parallel
-from ssrl_jax.config import nearest
 from ssrl_jax.data import sources
 from ssrl_jax.data.sampling import Sampling, make_sampling
 from ssrl_jax.method import Array, Method, Run, ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.models import make_encoder
+from ssrl_jax.options import nearest
 from ssrl_jax.probe import init_probe
 from ssrl_jax.state import TrainState
 from ssrl_jax.views import abstract_views, check_ramp, check_specs

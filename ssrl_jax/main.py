@@ -19,11 +19,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from ssrl_jax import parallel
-from ssrl_jax.config import flatten, nearest
+from ssrl_jax.config import flatten
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
+from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import Facts, open_run_folder, write_results
 from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
