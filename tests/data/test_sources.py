@@ -17,7 +17,6 @@ from ssrl_jax.data.folders import FolderSource
 from ssrl_jax.data.listing import EXTENSIONS, choose_columns
 from ssrl_jax.data.sources import (
   Subset,
-
   check_frames,
   check_same_classes,
   labels_of,
