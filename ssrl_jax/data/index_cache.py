@@ -19,8 +19,8 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 
-# Times of files stand still for some milliseconds (on some file systems for 2 seconds): what changed
-# so shortly before it was listed may change again without a trace.
+# Times of files stand still for some milliseconds (on some file systems for 2 seconds): what
+# changed so shortly before it was listed may change again without a trace.
 SETTLED_NS = 3_000_000_000
 
 VERSION = b"ssrl_jax 1\n"  # raised when the arrays change their meaning

@@ -180,7 +180,7 @@ def choose_columns(
   label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
   if picture is None or (labels and label is None):
     raise ValueError(
-      f"{where} needs one picture and at most one label, or those named 'image' and 'label'; it has "
-      f"pictures {pictures} and labels {labels} among {known}"
+      f"{where} needs one picture and at most one label, or those named 'image' and 'label'; it "
+      f"has pictures {pictures} and labels {labels} among {known}"
     )
   return picture, label

@@ -73,7 +73,7 @@ def open_source(
     seed: of the draw, and of the scenes.
     mixture: names of the sources that `mixture` puts one behind the other.
   """
-  kind, colon, rest = name.partition(":")
+  kind, _, rest = name.partition(":")
   if limit < 0:
     raise ValueError(f"limit {limit} of {name} is negative; 0 = all")
   kinds = {

@@ -124,7 +124,7 @@ def test_a_row_without_bytes_is_damage_and_strange_columns_are_named(tmp_path):
   with pytest.raises(DamagedImage, match=r"train\.parquet, group 0, row 0 is empty"):
     open_source(f"hf:{tmp_path}", split="train")[0]
   pq.write_table(pa.table({"image": [[1, 2]]}), tmp_path / "train.parquet")
-  with pytest.raises(ValueError, match="column 'image' is list<.*expected encoded pictures"):
+  with pytest.raises(ValueError, match=r"column 'image' is list<.*expected encoded pictures"):
     open_source(f"hf:{tmp_path}", split="train")
   pq.write_table(pa.table({"photo": [b"x"]}), tmp_path / "train.parquet")
   with pytest.raises(ValueError, match=r"needs one picture .* among \['photo'\]"):

@@ -114,7 +114,7 @@ def test_bad_weights_are_named(sets, weights, message):
 def test_an_empty_mixture_and_still_pictures_are_named(sets):
   with pytest.raises(ValueError, match=r"data\.mixture is empty"):
     opened(sets)
-  with pytest.raises(ValueError, match="FolderSource.*still pictures"):
+  with pytest.raises(ValueError, match=r"FolderSource.*still pictures"):
     check_frames(opened(sets, "a", limit=3), 2, 0)
 
 

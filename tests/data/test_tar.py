@@ -148,7 +148,7 @@ def test_an_archive_that_shrinks_or_goes_is_damage(archives):
   path = archives / "some-train-0001.tar"
   path.write_bytes(path.read_bytes()[:1000])
   with pytest.raises(
-    DamagedImage, match="shorter since it was indexed: some-train-0001.tar/dir/0005"
+    DamagedImage, match=r"shorter since it was indexed: some-train-0001\.tar/dir/0005"
   ):
     source[5]
   path.unlink()
