@@ -54,7 +54,9 @@ def batches_of(source, **options):
 
 
 def test_training_on_a_prepared_set_is_training_on_its_source(folder, tmp_path, capsys):
-  assert run(f"--source=folder:{folder}", f"--out={tmp_path / 'out'}", "--shards=3") == 0
+  assert (
+    run(f"--source=folder:{folder}", f"--out={tmp_path / 'out'}", "--shards=3", "--workers=1") == 0
+  )
   assert "23 of 23 examples in 3 shards" in capsys.readouterr().out
   source = open_source(f"folder:{folder}", split="train")
   prepared = open_source(f"arrayrecord:{tmp_path / 'out'}", split="train")
@@ -98,13 +100,13 @@ def test_the_manifest_says_what_is_there(folder, tmp_path):
 KILLED = """
 import os, signal, sys
 from ssrl_jax.data import prepare
-left, replace = int(sys.argv[1]), os.replace
+left, when, replace = int(sys.argv[1]), sys.argv[2], os.replace
 def replace_and_die(*args):
   global left
   left -= 1
-  if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+  if left == 0 and when == "before": os.kill(os.getpid(), signal.SIGKILL)
   replace(*args)
-  if left == 1: os.kill(os.getpid(), signal.SIGKILL) if len(sys.argv[2]) else None
+  if left == 0: os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace_and_die
 sys.exit(prepare.cli(sys.argv[3:]))
 """
@@ -116,11 +118,14 @@ def test_killed_again_and_again_the_set_is_the_same_byte_for_byte(folder, tmp_pa
 
   assert run(*command("whole")) == 0
   out, root = tmp_path / "killed" / "train", pathlib.Path(prepare.__file__).parents[2]
-  # Killed at its n-th rename: before it happens, or (n - 1, "after") just after the one before.
-  for n, after in ((1, ""), (3, ""), (2, "after"), (2, ""), (3, "after"), (4, ""), (2, "after")):
+  # Renames, were it not killed: options, facts and shard three times, index, manifest.
+  for n, when in (
+    *((1, "before"), (3, "before"), (2, "after"), (4, "before")),
+    *((1, "after"), (3, "before"), (2, "before")),
+  ):
     finished = {p: p.stat().st_ino for p in out.glob("*.arrayrecord")}
     died = subprocess.run(
-      [sys.executable, "-c", KILLED, str(n), after, *command("killed")], cwd=root, timeout=120
+      [sys.executable, "-c", KILLED, str(n), when, *command("killed")], cwd=root, timeout=120
     )
     assert died.returncode == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
