@@ -59,7 +59,9 @@ def base_config(method: str) -> ConfigDict:
     c.encoder[name] = ConfigDict({"enabled": False, **options})
 
   c.data = ConfigDict()
-  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | clips:PATH | tfds:NAME
+  c.data.source = "digit_scenes"  # or KIND:PATH, or mixture; docs/data.md lists the kinds
+  c.data.mixture = ()  # of source "mixture": its sources, e.g. ("folder:A", "arrayrecord:B")
+  c.data.mixture_weights = ()  # each one's share of an epoch's draws; () = every example once
   c.data.data_dir = ""  # of tfds; empty: its own default
   c.data.train = "train"  # split to train on, and the bank of k-NN and linear
   c.data.test = "test"  # split to evaluate on

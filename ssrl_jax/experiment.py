@@ -65,6 +65,7 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
     size=data.canvas,
     limit=data.num_train if split == "train" else data.num_test,
     seed=data.seed_subset,
+    mixture=data.mixture,
   )
 
 
@@ -77,7 +78,11 @@ def training_sampling(config: ConfigDict, source: sources.Source) -> Sampling | 
   data = config.data
   sources.check_frames(source, data.frames, data.frame_span)
   return make_sampling(
-    source, sampling=data.sampling, file=data.sampling_file, power=data.sampling_power
+    source,
+    sampling=data.sampling,
+    file=data.sampling_file,
+    power=data.sampling_power,
+    mixture_weights=data.mixture_weights if data.source == "mixture" else (),
   )
 
 
