@@ -7,6 +7,7 @@ processes that tests start; test_conformance.py and test_main.py also run it as 
 import os
 import pathlib
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -19,6 +20,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # for `
 import jax
 import pytest
 from absl import flags
+
+# Set after the import, so for processes that tests start: what one has compiled, others load.
+CACHE = tempfile.TemporaryDirectory(prefix="ssrl_jax_tests_")
+os.environ |= {
+  "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask
