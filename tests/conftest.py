@@ -1,16 +1,33 @@
-"""The house rules of the suite: 8 virtual devices, strict ranks, warnings are errors."""
+"""The house rules of the suite: 8 virtual devices, strict ranks, warnings are errors.
+
+Nearly all of its time is compilation, so the compiler's effort is turned down, here and in the
+processes that tests start; test_conformance.py and test_main.py also run it as users have it.
+"""
 
 import os
 import pathlib
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+  "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+  "--xla_cpu_parallel_codegen_split_count=1"
+)
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # for `configs`
 
 import jax
 import pytest
 from absl import flags
+
+# Set after the import, so for processes that tests start: what one has compiled, others load.
+CACHE = tempfile.TemporaryDirectory(prefix="ssrl_jax_tests_")
+os.environ |= {
+  "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask

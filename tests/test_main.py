@@ -4,46 +4,22 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.commands import EVALUATE, LIMIT, ROOT, Fork, start
+
 SMOKE = "--config=configs/smoke.py"
-# One device. These programs take far longer to compile than to run: so each is compiled with little
-# optimisation, and once for all tests.
-CACHE = tempfile.TemporaryDirectory(prefix="ssrl_jax_tests_")
-ENVIRONMENT = os.environ | {
-  "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  "JAX_PLATFORMS": "cpu",
-  "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-
-
-def start(*arguments, module="ssrl_jax.main", **options) -> subprocess.Popen:
-  return subprocess.Popen(
-    [sys.executable, "-m", module, *arguments],
-    cwd=ROOT,
-    env=ENVIRONMENT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    **options,
-  )
+QUICK = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")  # what conftest.py makes compilation quick by
 
 
 def run(*arguments, **options) -> tuple[int, str, str]:
-  process = start(*arguments, **options)
-  out, err = process.communicate(timeout=300)
-  return process.returncode, out, err
+  return Fork(*arguments, **options).finish()
 
 
 def fails_with_one_line(*arguments, **options) -> str:
@@ -66,8 +42,9 @@ def results(folder) -> dict:
 def finished(tmp_path_factory):
   """An uninterrupted run of the smoke recipe: its folder and what it printed."""
   folder = tmp_path_factory.mktemp("runs") / "finished"
-  code, out, err = run(SMOKE, f"--workdir={folder}")
-  assert code == 0, err
+  process = start(SMOKE, f"--workdir={folder}")
+  out, err = process.communicate(timeout=LIMIT)
+  assert process.returncode == 0, err
   return folder, out, err
 
 
@@ -119,7 +96,7 @@ def test_finished_run_is_not_trained_again(finished):
 
 def test_evaluate_gives_the_run_s_own_figures(finished):
   folder, _, _ = finished
-  code, out, err = run(f"--workdir={folder}", "--evals=knn", module="ssrl_jax.evaluate")
+  code, out, err = run(f"--workdir={folder}", "--evals=knn", module=EVALUATE)
   assert code == 0, err
   again = json.loads((folder / "evaluation.json").read_text())
   assert again["state_digest"] == results(folder)["state_digest"]
@@ -134,10 +111,10 @@ def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(
   folder, _, _ = finished
   out = tmp_path / "own.json"
   shared = [f"--workdir={folder}", f"--out={out}", "--encoders=trained"]
-  code, _, err = run(*shared, "--evals=knn", "--evaluate.knn.k=3", module="ssrl_jax.evaluate")
+  code, _, err = run(*shared, "--evals=knn", "--evaluate.knn.k=3", module=EVALUATE)
   assert code == 0, err
   options = ["--evals=retrieval,geometry", "--evaluate.geometry.num_lidar=8", f"--other={folder}"]
-  code, printed, err = run(*shared, *options, module="ssrl_jax.evaluate")
+  code, printed, err = run(*shared, *options, module=EVALUATE)
   assert code == 0, err
   record = json.loads(out.read_text())
   assert list(record["results"]) == ["trained"]
@@ -154,7 +131,7 @@ def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(
 def test_evaluate_names_the_nearest_option(finished):
   folder, _, _ = finished
   for argument in ("--evaluate.knn.kk=3", "--data.sourc=x"):
-    code, _, err = run(f"--workdir={folder}", argument, module="ssrl_jax.evaluate")
+    code, _, err = run(f"--workdir={folder}", argument, module=EVALUATE)
     assert code == 1
     assert "did you mean" in err
 
@@ -170,18 +147,19 @@ def test_killed_run_resumes_to_the_same_bytes(method, tmp_path):
   """SIGKILL at three moments, the last of them likely during a save; then to the end."""
   arguments = [f"{SMOKE}:{method}", "--config.steps=40", "--config.checkpoint.every_steps=3",
                "--config.evaluate.evals=", "--config.evaluate.report=False"]  # fmt: skip
-  code, _, err = run(*arguments, f"--workdir={tmp_path / 'whole'}")
-  assert code == 0, err
+  process = start(*arguments, f"--workdir={tmp_path / 'whole'}")  # with other hashes than a fork
+  _, err = process.communicate(timeout=LIMIT)
+  assert process.returncode == 0, err
   killed = tmp_path / "killed"
   for wanted in (7, 16, 30):
-    process = start(*arguments, f"--workdir={killed}")
-    for line in process.stdout:
+    command = Fork(*arguments, f"--workdir={killed}")
+    for line in command.lines():
       match = re.match(r"step +(\d+)/", line)
       if match and int(match[1]) >= wanted:
         break
     time.sleep(0.05 * (wanted % 3))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    command.process.kill()
+    command.finish()
     with (killed / "metrics.jsonl").open("a") as f:
       f.write('{"step": 39, "lo')  # a line that the kill cut short
   code, out, err = run(*arguments, f"--workdir={killed}")
@@ -201,7 +179,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     if line.startswith("step "):
       break
   process.terminate()
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=LIMIT)
   assert process.returncode == 143, err
   step = int(re.search(r"stopped at step (\d+); the same command goes on", out)[1])
   assert (tmp_path / "checkpoints" / str(step)).is_dir()
@@ -247,14 +225,10 @@ def test_empty_folder_names_the_extensions(tmp_path):
 
 
 def test_batch_that_devices_cannot_share_names_the_nearest(tmp_path):
-  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  code = "import sys; from ssrl_jax.main import cli; sys.exit(cli(sys.argv))"
-  done = subprocess.run(
-    [sys.executable, "-c", code, SMOKE, "--config.batch_size=20", f"--workdir={tmp_path}"],
-    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-  )  # fmt: skip
-  assert done.returncode == 1
-  assert "batch_size 20 is not divisible by 8 devices; nearest: 16 or 24" in done.stderr
+  line = fails_with_one_line(
+    SMOKE, "--config.batch_size=20", f"--workdir={tmp_path}", num_devices=8
+  )
+  assert "batch_size 20 is not divisible by 8 devices; nearest: 16 or 24" in line
 
 
 def test_changed_config_is_refused_with_its_keys(finished):
@@ -375,7 +349,7 @@ def test_dry_run_of_imagenet_tells_what_it_costs():
 
 
 def test_neither_tensorflow_nor_torch_is_needed(tmp_path):
-  """A run, its evaluation and its report where neither package can be found."""
+  """A run, its evaluation and its report where neither can be found, compiled as users do."""
   code = """
 import sys
 from importlib.machinery import PathFinder
@@ -393,6 +367,7 @@ sys.exit(cli(sys.argv))
 """
   done = subprocess.run(
     [sys.executable, "-c", code, SMOKE, "--config.steps=2", f"--workdir={tmp_path}"],
-    cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env={k: v for k, v in os.environ.items() if k not in QUICK},
+    capture_output=True, text=True, timeout=LIMIT,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

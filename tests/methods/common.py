@@ -84,8 +84,13 @@ TINY = {
 }
 TINY_OPTIONS = {name: {"hidden_dim": 12, "out_dim": 6} for name in ("simclr", "vicreg")}
 BATCH = 8
-# The compiler's effort, not the result: a third of the time on a CPU.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# What conftest.py turns down, as users have it.
+DEFAULT_EFFORT = {
+  "xla_backend_optimization_level": 3,
+  "xla_llvm_disable_expensive_passes": False,
+  "xla_cpu_use_fusion_emitters": True,
+  "xla_cpu_parallel_codegen_split_count": 32,
+}
 
 
 def make_config(method, overrides):
@@ -117,8 +122,7 @@ def make_experiment(method, overrides):
 
 
 def make_state(experiment) -> TrainState:
-  init = jax.jit(lambda key: init_state(experiment, key), compiler_options=FAST)
-  return init(jax.random.key(0))
+  return jax.jit(lambda key: init_state(experiment, key))(jax.random.key(0))
 
 
 def make_views(experiment):

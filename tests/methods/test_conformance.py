@@ -1,6 +1,5 @@
 """What every method must do with its loss, state and encoder."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from tests.methods.common import (
   BATCH,
   CASES,
   DATA,
-  FAST,
+  DEFAULT_EFFORT,
   LOCAL,
   SLOW,
   TAU,
@@ -33,17 +32,18 @@ from tests.methods.common import (
 )
 
 
-def loss_and_gradients(method, *, num_devices):
-  """Compiled: its arguments are those of `method.loss`, the gradients those of the first two."""
+def placed(inputs, *, num_devices):
+  """The arguments of `method.loss` on this many devices, the views cut along the batch."""
   mesh = parallel.make_mesh(num_devices)
   whole, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+  return jax.device_put(inputs, (whole, whole, cut, whole, whole))
+
+
+def loss_and_gradients(method, inputs, **options):
+  """Compiled for the devices of `inputs`; the gradients are those of the first two of them."""
   gradients = jax.value_and_grad(method.loss, argnums=(0, 1), has_aux=True, allow_int=True)
-  return jax.jit(
-    gradients,
-    in_shardings=(whole, whole, cut, whole, whole),
-    out_shardings=whole,
-    compiler_options=FAST,
-  )
+  whole = inputs[-1].sharding  # of the step
+  return jax.jit(gradients, out_shardings=whole, **options)
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ class Case(NamedTuple):
   tau: float  # of its config, if it has one
   method: Method
   state: TrainState  # at step 0
-  inputs: tuple  # of loss_and_gradients
+  inputs: tuple  # of method.loss, on one device
   output: tuple  # on one device
   again: tuple  # the same once more
   losses: list[float]  # of steps on this one batch
@@ -66,32 +66,44 @@ def case(request) -> Case:
   name, overrides = CASES[request.param]
   experiment = make_experiment(name, overrides)
   method, state = experiment.method, make_state(experiment)
-  views, key, step = make_views(experiment), jax.random.key(7), jnp.zeros((), jnp.int32)
-  inputs = jax.device_get((state.params, state.method_state, views)) + (key, step)
-  compiled = loss_and_gradients(method, num_devices=1)
+  # Everything on its device for good: what changes its place is traced and compiled again.
+  inputs = (state.params, state.method_state, make_views(experiment), jax.random.key(7), state.step)
+  inputs = params, method_state, views, key, step = placed(inputs, num_devices=1)
+  state = jax.device_put(state, step.sharding)
+  compiled = loss_and_gradients(method, inputs)
   output = compiled(*inputs)
 
   optimizer = optax.adam(3e-3)
 
-  @partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def update(params, method_state, gradients, opt_state, step):
     updates, opt_state = optimizer.update(gradients, opt_state)
     params = optax.apply_updates(params, updates)
     return *method.after_update(params, method_state, step), opt_state
 
-  params, method_state = state.params, state.method_state
-  opt_state, losses = optimizer.init(params), []
-  for step in range(15):
-    (loss, aux), (gradients, _) = compiled(params, method_state, views, key, jnp.int32(step))
+  opt_state, losses = jax.device_put(optimizer.init(params), step.sharding), []
+  for i in range(15):
+    step = jax.device_put(np.int32(i), step.sharding)
+    (loss, aux), (gradients, _) = compiled(params, method_state, views, key, step)
     losses.append(float(loss))
     new_state = aux.method_state | {k: v for k, v in method_state.items() if k in DATA}
-    params, method_state, opt_state = update(
-      params, new_state, gradients, opt_state, jnp.int32(step)
-    )
+    params, method_state, opt_state = update(params, new_state, gradients, opt_state, step)
   tau = experiment.config.method.get("tau", 0.99)  # of hybrid's byol
   return Case(
     name, tau, method, state, inputs, output, compiled(*inputs), losses, (params, method_state)
   )
+
+
+def assert_same_output(got, expected):
+  """Loss, what it returns beside, and gradients, all to 1e-4."""
+  (loss, aux), (gradients, _) = got
+  (expected_loss, expected_aux), (expected_gradients, _) = expected
+  norm = np.sqrt(
+    sum(np.sum(np.square(x)) for _, x in named_leaves(jax.device_get(expected_gradients)))
+  )
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
+  assert_close(gradients, expected_gradients, scale=norm)
+  assert_close(aux, expected_aux, scale=1.0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -143,12 +155,21 @@ def test_loss_falls_on_a_fixed_batch(case):
 
 
 def test_one_device_and_eight_agree_on_loss_gradients_and_state(case):
-  eight = loss_and_gradients(case.method, num_devices=8)(*case.inputs)
-  (loss1, aux1), (gradients1, _) = case.output
-  (loss8, aux8), (gradients8, _) = eight
-  np.testing.assert_allclose(loss8, loss1, rtol=1e-4)
-  assert_close(gradients8, gradients1, scale=float(optax.tree.norm(gradients1)))
-  assert_close(aux8, aux1, scale=1.0)
+  inputs = placed(case.inputs, num_devices=8)
+  assert_same_output(loss_and_gradients(case.method, inputs)(*inputs), case.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fusion", "ijepa"])
+def test_as_users_compile_it_the_loss_is_what_it_is_here(name):
+  """conftest.py turns the compiler's effort down; here a ResNet's and a ViT's have it in full."""
+  experiment = make_experiment(*CASES[name])
+  state, views = make_state(experiment), make_views(experiment)
+  inputs = state.params, state.method_state, views, jax.random.key(7), state.step
+  inputs = placed(inputs, num_devices=8)
+  by_default = loss_and_gradients(experiment.method, inputs, compiler_options=DEFAULT_EFFORT)
+  quick = loss_and_gradients(experiment.method, inputs)
+  assert_same_output(by_default(*inputs), quick(*inputs))
 
 
 def test_every_parameter_of_the_encoder_gets_a_gradient(case):
@@ -192,9 +213,8 @@ def test_target_moves_by_its_average_and_by_nothing_else(case):
     tau = TAU[case.name](step / 20, base) if case.name in TAU else cosine
     online = dict(named_leaves(params))
     for (name, new), (_, old) in zip(moved, before, strict=True):
-      expected = tau * old.astype(np.float64) + (1 - tau) * np.asarray(
-        online[online_name(name)], np.float64
-      )
+      online_64 = np.asarray(online[online_name(name)], np.float64)
+      expected = tau * np.asarray(old, np.float64) + (1 - tau) * online_64
       np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
@@ -212,7 +232,7 @@ def test_encode_is_pure_and_sees_each_image_alone(case):
   params, method_state = case.trained
   before = state_digest((params, method_state))
   images = case.inputs[2]["global"][:, 0]
-  encode = jax.jit(case.method.encode, compiler_options=FAST)
+  encode = jax.jit(case.method.encode)
   features = encode(params, method_state, images)
   assert_equal(encode(params, method_state, images), features)
   assert state_digest((params, method_state)) == before

@@ -88,10 +88,8 @@ def target(params=None):
 
 
 def value_and_gradient(method, **options):
-  # The compiler's effort, not the result: much faster on a CPU.
-  fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
   loss = lambda z: loss_of(method, z, **options)[0]  # noqa: E731
-  return jax.jit(jax.value_and_grad(loss), compiler_options=fast)
+  return jax.jit(jax.value_and_grad(loss))
 
 
 def cosine_distance64(x, y):
