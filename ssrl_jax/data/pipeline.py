@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -30,32 +34,101 @@ Batch = dict[str, np.ndarray]
 ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
 
 MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
+MAX_DEATHS = 3  # of reader workers, without a batch in between: then it is no accident
 PADDING = -1  # the id of what fills the last batch of an evaluation
 
 
-class Batches(Iterator[Batch]):
-  """Host batches; names each damaged picture once, and `close()` ends threads and workers."""
+class ReadError(ValueError):
+  """What a source or a reader raised, in one line; also the end of workers that die again."""
 
-  def __init__(self, batches: grain.IterDataset, reader: _Reader):
-    self._batches, self._reader, self._open = iter(batches), reader, True
-    self._named: set[int] = set()
+
+class Damage(NamedTuple):
+  """Why an example cannot be read."""
+
+  path: str  # of the file; empty where the picture is not a file of its own
+  reason: str
+
+  def __str__(self) -> str:
+    return f"{self.path}: {self.reason}" if self.path else self.reason
+
+
+class Batches(Iterator[Batch]):
+  """Host batches; names each damaged picture once, and `close()` ends threads and workers.
+
+  Workers that die, as when the system runs out of memory, are reported and started anew at the
+  batch that is due; MAX_DEATHS times without a batch in between is a ReadError.
+
+  Args:
+    ids: what `read` is given for each batch.
+    read: makes a batch, and goes to the workers.
+    reader: whose `read` it is; asked for its `source` and each `damage`, and closed.
+    workers: reader processes; 0: read in this one.
+  """
+
+  def __init__(self, ids: grain.MapDataset, read: Callable, reader: Any, *, workers: int = 0):
+    self._ids, self._read, self._reader, self._workers = ids, read, reader, workers
+    self._done, self._deaths = 0, 0
+    self._damages: dict[int, Damage] = {}
+    self._batches: grain.DatasetIterator | None = self._start()
 
   def __next__(self) -> Batch:
-    batch = next(self._batches)
+    if self._batches is None:
+      raise StopIteration
+    batch = self._next()
+    self._done, self._deaths = self._done + 1, 0
     # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
     batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
     for i in position(batch["id"][batch["substituted"]]).tolist():
-      if i not in self._named:
-        self._named.add(i)
-        logging.warning("%s", self._reader.damage(i))
+      self.damage(i)
     return batch
 
+  def damage(self, i: int) -> Damage:
+    """Why example `i` cannot be read, and a warning when it is asked for the first time."""
+    if i not in self._damages:
+      self._damages[i] = self._reader.damage(i)
+      logging.warning("example %d of %r is damaged: %s", i, self._reader.source, self._damages[i])
+    return self._damages[i]
+
   def close(self) -> None:
-    if self._open:
+    if self._batches is not None:
       self._batches.close()
       self._reader.close()
-    # Dropped now, since Grain's iterators complain when they are collected at exit.
-    self._batches, self._open = iter(()), False
+    self._batches = None  # now, since Grain's iterators complain when they are collected at exit
+
+  def _start(self) -> grain.DatasetIterator:
+    read = functools.partial(_read_or_tell, self._read)
+    return iter(_prefetched(self._ids.map(read)[self._done :], self._workers))
+
+  def _next(self) -> Batch:
+    while True:
+      try:
+        return next(self._batches)
+      except RuntimeError as error:  # Grain's, for a worker that ended; a reader's is a ReadError
+        self._deaths += 1
+        what = f"a reader died: {str(error).split('. ')[0]}"
+        if self._deaths == MAX_DEATHS:
+          ids = self._ids[self._done]
+          ids = position(ids[1] if isinstance(ids, tuple) else ids).tolist()
+          raise ReadError(
+            f"{what}, {MAX_DEATHS} times over the same batch: examples {ids}, or those that follow. "
+            "Exit code -9 is mostly a lack of memory (lower data.workers, data.threads), -7 a full "
+            "/dev/shm, -11 and -6 a picture that the decoder cannot bear (find and remove it)"
+          ) from error
+        logging.warning("%s; started anew, which changes no batch", what)
+        self._batches.close()
+        self._batches = self._start()
+
+
+def _read_or_tell(read: Callable[[Any], Batch], ids: Any) -> Batch:
+  """read(ids); what it raises becomes a ReadError of text alone.
+
+  Grain waits for ever for a worker whose exception cannot be pickled.
+  """
+  try:
+    return read(ids)
+  except Exception as error:
+    message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    raise ReadError(message) from error
 
 
 def train_batches(
@@ -105,7 +178,7 @@ def train_batches(
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
   drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
-  return Batches(prefetched(drawn.map(reader.train)[start_step:], workers), reader)
+  return Batches(drawn[start_step:], reader.train, reader, workers=workers)
 
 
 def epochs_and_ids(
@@ -151,7 +224,7 @@ def eval_batches(
   check_at_least(0, workers=workers)
   reader = _Reader(source, canvas, threads)
   ids = each_once(len(source), batch_size, process_index, process_count, limit)
-  return Batches(prefetched(ids.map(reader.evaluate), workers), reader)
+  return Batches(ids, reader.evaluate, reader, workers=workers)
 
 
 def each_once(
@@ -188,7 +261,7 @@ def check_at_least(least: int, **values: int) -> None:
       raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
-def prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
+def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
   """Reads ahead: batches are whole already, so more than a few would only cost memory."""
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   dataset = batches.to_iter_dataset(options)
@@ -196,7 +269,24 @@ def prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
     return dataset
   if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
     flags.FLAGS.mark_as_parsed()
-  return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  options = grain.MultiprocessingOptions(num_workers=workers)
+  return dataset.mp_prefetch(options, worker_init_fn=_depend_on_parent)
+
+
+def _depend_on_parent(worker: int, num_workers: int) -> None:
+  """Ends a worker whose parent was killed, which would stay for ever; leaves Ctrl-C to the parent."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def wait() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def damage_of(picture: Any, reason: str) -> Damage:
+  path = os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
+  return Damage(path, reason.removeprefix(f"{path}: "))
 
 
 class _Reader:
@@ -213,7 +303,7 @@ class _Reader:
     frame_span: int = 0,
   ):
     check_at_least(1, canvas=canvas, threads=threads)
-    self._source, self._canvas, self._threads = source, canvas, threads
+    self.source, self._canvas, self._threads = source, canvas, threads
     self._frames = frames
     self._draw_frames = functools.partial(draw_frames, count=frames, span=frame_span, seed=seed)
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -235,16 +325,17 @@ class _Reader:
     batch["weight"] = ((ids != PADDING) & ~batch["substituted"]).astype(np.float32)
     return batch
 
-  def damage(self, i: int) -> str:
+  def damage(self, i: int) -> Damage:
     """Why example `i` is damaged: reads all of it again, for workers can only send arrays."""
+    frame: Any = ""
     try:
-      example = self._source[i]
-      frames = example["frames"] if "frames" in example else (example["image"],)
+      example = self.source[i]
+      frames = example.get("frames", (example["image"],))
       for frame in frames:
         self._decode((frames[0], frame))
     except DamagedImage as e:
-      return f"example {i} of {self._source!r} is damaged: {e}"
-    return f"example {i} of {self._source!r} could not be read at first, and now can"
+      return damage_of(frame, str(e))
+    return damage_of(example["image"], "could not be read at first, and now can")
 
   def _batch(self, ids, put, frames: tuple[int, ...] = ()) -> Batch:
     n, side = len(ids), self._canvas
@@ -273,13 +364,13 @@ class _Reader:
       first = int(position(example_id))
       for i in range(first, first + MAX_DAMAGED):
         try:
-          self._put(batch, j, i % len(self._source), chosen)
+          self._put(batch, j, i % len(self.source), chosen)
           break
         except DamagedImage as e:
           batch["substituted"][j], error = True, e
       else:
         raise ValueError(
-          f"{MAX_DAMAGED} examples in a row, from {first} on, of {self._source!r} cannot be read; "
+          f"{MAX_DAMAGED} examples in a row, from {first} on, of {self.source!r} cannot be read; "
           f"repair the set; the last: {error}"
         )
 
@@ -295,11 +386,11 @@ class _Reader:
 
   def _put(self, batch: Batch, j: int, i: int, chosen: ChooseFrames | None = None) -> None:
     """Example `i` to place `j`; of a clip the `chosen` frames, or the middle one."""
-    example = self._source[i]
-    label, classes = example["label"], self._source.num_classes
+    example = self.source[i]
+    label, classes = example["label"], self.source.num_classes
     if label < -1 or (classes is not None and label >= classes):
       raise ValueError(
-        f"example {i} of {self._source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
+        f"example {i} of {self.source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
         "for unknown; correct the source's labels or its num_classes"
       )
     pictures = [example["image"]]
