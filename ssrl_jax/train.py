@@ -18,8 +18,9 @@ import optax
 
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.data.batches import Batches
 from ssrl_jax.data.damaged import DamagedList
-from ssrl_jax.data.pipeline import PADDING, Batches, train_batches
+from ssrl_jax.data.pipeline import PADDING, train_batches
 from ssrl_jax.data.sampling import position
 from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import (

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from ssrl_jax.data.decode import FORMATS, orientation
-from ssrl_jax.data.pipeline import Batch, check_at_least
+from ssrl_jax.data.batches import Batch
+from ssrl_jax.data.pipeline import check_at_least
 from ssrl_jax.data.sources import EXTENSIONS, find_split
 
 IGNORE = 255  # of a mask: no class, and what lies outside the picture

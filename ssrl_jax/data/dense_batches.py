@@ -6,15 +6,12 @@ import concurrent.futures
 
 import numpy as np
 
+from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
 from ssrl_jax.data.decode import DamagedImage, decode
 from ssrl_jax.data.dense import DenseSource
 from ssrl_jax.data.pipeline import (
   PADDING,
-  Batch,
-  Batches,
-  Damage,
   check_at_least,
-  damage_of,
   each_once,
   epochs_and_ids,
   local_batch_size,

@@ -15,120 +15,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
 
+from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
 from ssrl_jax.data.decode import DamagedImage, Picture, decode
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
 from ssrl_jax.data.sources import Source, check_frames
 
-Batch = dict[str, np.ndarray]
 ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
 
 MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
-MAX_DEATHS = 3  # of reader workers, without a batch in between: then it is no accident
 PADDING = -1  # the id of what fills the last batch of an evaluation
-
-
-class ReadError(ValueError):
-  """What a source or a reader raised, in one line; also the end of workers that die again."""
-
-
-class Damage(NamedTuple):
-  """Why an example cannot be read."""
-
-  path: str  # of the file; empty where the picture is not a file of its own
-  reason: str
-
-  def __str__(self) -> str:
-    return f"{self.path}: {self.reason}" if self.path else self.reason
-
-
-class Batches(Iterator[Batch]):
-  """Host batches; names each damaged picture once, and `close()` ends threads and workers.
-
-  Workers that die, as when the system runs out of memory, are reported and started anew at the
-  batch that is due; MAX_DEATHS times without a batch in between is a ReadError.
-
-  Args:
-    ids: what `read` is given for each batch.
-    read: makes a batch, and goes to the workers.
-    reader: whose `read` it is; asked for its `source` and each `damage`, and closed.
-    workers: reader processes; 0: read in this one.
-  """
-
-  def __init__(self, ids: grain.MapDataset, read: Callable, reader: Any, *, workers: int = 0):
-    self._ids, self._read, self._reader, self._workers = ids, read, reader, workers
-    self._done, self._deaths = 0, 0
-    self._damages: dict[int, Damage] = {}
-    self._batches: grain.DatasetIterator | None = self._start()
-
-  def __next__(self) -> Batch:
-    if self._batches is None:
-      raise StopIteration
-    batch = self._next()
-    self._done, self._deaths = self._done + 1, 0
-    # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
-    batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
-    for i in position(batch["id"][batch["substituted"]]).tolist():
-      self.damage(i)
-    return batch
-
-  def damage(self, i: int) -> Damage:
-    """Why example `i` cannot be read, and a warning when it is asked for the first time."""
-    if i not in self._damages:
-      self._damages[i] = self._reader.damage(i)
-      logging.warning("example %d of %r is damaged: %s", i, self._reader.source, self._damages[i])
-    return self._damages[i]
-
-  def close(self) -> None:
-    if self._batches is not None:
-      self._batches.close()
-      self._reader.close()
-    self._batches = None  # now, since Grain's iterators complain when they are collected at exit
-
-  def _start(self) -> grain.DatasetIterator:
-    read = functools.partial(_read_or_tell, self._read)
-    return iter(_prefetched(self._ids.map(read)[self._done :], self._workers))
-
-  def _next(self) -> Batch:
-    while True:
-      try:
-        return next(self._batches)
-      except RuntimeError as error:  # Grain's, for a worker that ended; a reader's is a ReadError
-        self._deaths += 1
-        what = f"a reader died: {str(error).split('. ')[0]}"
-        if self._deaths == MAX_DEATHS:
-          ids = self._ids[self._done]
-          ids = position(ids[1] if isinstance(ids, tuple) else ids).tolist()
-          raise ReadError(
-            f"{what}, {MAX_DEATHS} times over the same batch: examples {ids}, or those that follow. "
-            "Exit code -9 is mostly a lack of memory (lower data.workers, data.threads), -7 a full "
-            "/dev/shm, -11 and -6 a picture that the decoder cannot bear (find and remove it)"
-          ) from error
-        logging.warning("%s; started anew, which changes no batch", what)
-        self._batches.close()
-        self._batches = self._start()
-
-
-def _read_or_tell(read: Callable[[Any], Batch], ids: Any) -> Batch:
-  """read(ids); what it raises becomes a ReadError of text alone.
-
-  Grain waits for ever for a worker whose exception cannot be pickled.
-  """
-  try:
-    return read(ids)
-  except Exception as error:
-    message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    raise ReadError(message) from error
 
 
 def train_batches(
@@ -259,34 +160,6 @@ def check_at_least(least: int, **values: int) -> None:
   for name, value in values.items():
     if value < least:
       raise ValueError(f"{name} is {value}; expected at least {least}")
-
-
-def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
-  """Reads ahead: batches are whole already, so more than a few would only cost memory."""
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  dataset = batches.to_iter_dataset(options)
-  if not workers:
-    return dataset
-  if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
-    flags.FLAGS.mark_as_parsed()
-  options = grain.MultiprocessingOptions(num_workers=workers)
-  return dataset.mp_prefetch(options, worker_init_fn=_depend_on_parent)
-
-
-def _depend_on_parent(worker: int, num_workers: int) -> None:
-  """Ends a worker whose parent was killed, which would stay for ever; leaves Ctrl-C to the parent."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-  def wait() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=wait, daemon=True).start()
-
-
-def damage_of(picture: Any, reason: str) -> Damage:
-  path = os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
-  return Damage(path, reason.removeprefix(f"{path}: "))
 
 
 class _Reader:
