@@ -11,7 +11,7 @@ import io
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 # Only formats that Pillow decodes by itself: a file may not choose to be, say, PostScript, for
 # which Pillow would start an interpreter.
@@ -140,6 +140,8 @@ def _to_rgb(im: Image.Image) -> Image.Image:
     return _array_to_rgb(np.asarray(im))
   if im.has_transparency_data:
     return _on_grey(im.convert("RGBA"))
+  if im.mode == "CMYK" and im.format == "JPEG" and "adobe" not in im.info:
+    im = ImageChops.invert(im)  # Pillow takes every CMYK JPEG for one of Adobe's, inverted
   return im.convert("RGB")
 
 
