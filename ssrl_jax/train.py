@@ -277,18 +277,17 @@ def train(
   guard = Guard(experiment, workdir, embedding_size(experiment))
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
   batches = training_batches(experiment, source, start_step=first)
-  damaged = damaged_list(experiment, source, workdir, step=first)
-  latest = {"data/substituted": int(state.substituted)}
+  damaged = damaged_list(experiment, source, workdir, state)
+  latest: dict[str, float] = {}
 
   def settle(pending) -> None:
     """Fetches a step's metrics, which waits for it; checks and logs them."""
-    step, metrics, ids, unread = pending
+    step, metrics, ids, substituted = pending
     figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
     guard.check_finite(step, figures, ids)
     del figures["first_non_finite"]
-    if figures["data/substituted"] > latest["data/substituted"]:  # in some process: all come here
-      everywhere = parallel.all_processes(np.where(unread, ids, PADDING))
-      damaged.add(step, everywhere[everywhere != PADDING].tolist(), batches.damage)
+    unread_B = np.where(substituted, ids, PADDING)
+    damaged.settle(step, figures["data/substituted"], unread_B, batches.damage)
     latest.update(figures)
     if step % config.log.every_steps == 0 or step == total:
       figures |= watch.read()
@@ -366,16 +365,18 @@ def training_batches(experiment: Experiment, source: Source, *, start_step: int)
 
 
 def damaged_list(
-  experiment: Experiment, source: Source, workdir: Path, *, step: int
+  experiment: Experiment, source: Source, workdir: Path, state: TrainState
 ) -> DamagedList:
-  """What could not be read up to `step`, and when it is too much."""
+  """What the run could not read so far, and when it is too much."""
   config, sampling = experiment.config, training_sampling(experiment.config, source)
   return DamagedList(
     workdir,
-    step=step,
+    step=int(state.step),
     batch_size=config.batch_size,
     num_examples=np.count_nonzero(sampling.weights) if sampling else len(source),
     max_fraction=config.data.max_bad_fraction,
+    substituted=int(state.substituted),
+    gather=parallel.all_processes,
     writes=jax.process_index() == 0,
   )
 

@@ -20,6 +20,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # What shows through transparent pixels: the mean of ImageNet's mean colour (0.485, 0.456, 0.406).
 GREY = 114
 
+# A file that claims more is a lie or blank: deflate makes at most 8,256 bilevel pixels of a byte. 256
+# bytes that claim 13,000 x 13,000 pixels of JPEG 2000 took 1.4 GB and gave one colour.
+MAX_PIXELS_PER_BYTE = 10_000
+
 _ORIENTATION = 0x0112  # EXIF tag; value -> what turns the stored picture upright
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,8 +58,8 @@ def decode(image: Picture, *, canvas: int) -> tuple[np.ndarray, np.ndarray]:
     uint8 [S, S, 3], zero outside the picture; int32 [2], the picture's height and width on it.
 
   Raises:
-    DamagedImage: truncated, empty, not a picture, values out of range, or more than Pillow's limit
-      of 179 million pixels.
+    DamagedImage: truncated, empty, not a picture, values out of range, more than Pillow's limit of
+      179 million pixels, or more than MAX_PIXELS_PER_BYTE.
   """
   if isinstance(image, np.ndarray):
     pixels = _decode_array(image, canvas)
@@ -94,6 +98,7 @@ def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int)
       return _upright_rgb(image.copy(), canvas)
     file = io.BytesIO(image) if isinstance(image, bytes) else image
     with Image.open(file, formats=FORMATS) as im:
+      _check_claim(im.size, len(image) if isinstance(image, bytes) else os.path.getsize(image))
       return _upright_rgb(im, canvas)
   except MemoryError:
     raise
@@ -102,6 +107,11 @@ def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int)
     # on damaged files. Its message for unknown bytes holds an address, different in every run.
     known = {DamagedImage: str(e), Image.UnidentifiedImageError: f"not one of {', '.join(FORMATS)}"}
     raise DamagedImage(f"{_name(image)}: {known.get(type(e), f'{type(e).__name__}: {e}')}") from e
+
+
+def _check_claim(size: tuple[int, int], num_bytes: int) -> None:
+  if size[0] * size[1] > MAX_PIXELS_PER_BYTE * num_bytes:
+    raise DamagedImage(f"claims {size[0]} x {size[1]} pixels in {num_bytes} bytes")
 
 
 def _name(image: bytes | str | os.PathLike | Image.Image) -> str:
