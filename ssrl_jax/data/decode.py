@@ -20,8 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # What shows through transparent pixels: the mean of ImageNet's mean colour (0.485, 0.456, 0.406).
 GREY = 114
 
-# A file that claims more is a lie or blank: deflate makes at most 8,256 bilevel pixels of a byte. 256
-# bytes that claim 13,000 x 13,000 pixels of JPEG 2000 took 1.4 GB and gave one colour.
+# A file that claims more is a lie or blank: deflate makes at most 8,256 bilevel pixels of a byte.
+# 256 bytes that claimed 13,000 x 13,000 pixels of JPEG 2000 took 1.4 GB and gave one colour.
 MAX_PIXELS_PER_BYTE = 10_000
 
 _ORIENTATION = 0x0112  # EXIF tag; value -> what turns the stored picture upright

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from ssrl_jax.data.decode import FORMATS, orientation
 from ssrl_jax.data.batches import Batch
+from ssrl_jax.data.decode import FORMATS, orientation
 from ssrl_jax.data.pipeline import check_at_least
 from ssrl_jax.data.sources import EXTENSIONS, find_split
 
