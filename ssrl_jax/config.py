@@ -26,7 +26,7 @@ from ssrl_jax.options import keyword_defaults, nearest
 # What may change between a run and its continuation. It cannot change what a step computes, but for
 # `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
-            "data.threads", "data.dry_run")  # fmt: skip
+            "data.threads", "data.max_bad_fraction", "data.dry_run")  # fmt: skip
 
 
 def view_group(**changes: Any) -> ConfigDict:
@@ -76,6 +76,9 @@ def base_config(method: str) -> ConfigDict:
   c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process
+  c.data.max_bad_fraction = (
+    0.01  # of the examples seen; more damaged ones stop the run; 0 = one does
+  )
   c.data.mean = (0.485, 0.456, 0.406)  # subtracted from pixels in [0, 1]
   c.data.std = (0.229, 0.224, 0.225)  # divided by
   c.data.dry_run_examples = 50_000  # what --dry_run takes for the size of the training set

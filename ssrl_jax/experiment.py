@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ssrl_jax import optim, parallel
 from ssrl_jax.data import sources
+from ssrl_jax.data.damaged import check_fraction
 from ssrl_jax.data.sampling import Sampling, make_sampling
 from ssrl_jax.method import Array, Method, Run, ViewSpec
 from ssrl_jax.methods import METHODS
@@ -105,6 +106,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   if total_steps < 1:
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
   check_ramp(**config.views_ramp)
+  check_fraction(config.data.max_bad_fraction)
   name, options = split_name(config.method)
   if name not in METHODS:
     raise ValueError(nearest(name, METHODS, "method"))

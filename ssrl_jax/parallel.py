@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"  # the mesh's only axis: examples, and with fsdp also parameters
@@ -97,3 +98,12 @@ def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   arrays = {k: v for k, v in batch.items() if k != "id"} | {"id": words}
   sharding = batch_sharding(mesh)
   return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
+
+
+def all_processes(values: np.ndarray) -> np.ndarray:
+  """int64 [n] of each process, n the same in all -> those of all of them, [n * processes].
+
+  Every process must call it, at the same point of the program.
+  """
+  words = values.astype(np.int64).view(np.uint32)  # JAX has no 64-bit integers by default
+  return np.asarray(multihost_utils.process_allgather(words, tiled=True)).view(np.int64)

@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ssrl_jax.config import base_config, changed_keys, flatten
+from ssrl_jax.data.damaged import read_damaged
 from ssrl_jax.experiment import Experiment
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.state import TrainState, state_digest
@@ -105,6 +106,7 @@ def write_results(
       "wall_seconds": time.time() - started,
       "cpu_seconds": time.process_time(),  # of this process, over all its threads
       "substituted": int(state.substituted),
+      "damaged": len(read_damaged(folder)),
       "command": command,
       "devices": hardware(),
       "versions": versions(),

@@ -18,7 +18,9 @@ import optax
 
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.data.pipeline import Batches, train_batches
+from ssrl_jax.data.batches import Batches
+from ssrl_jax.data.damaged import DamagedList
+from ssrl_jax.data.pipeline import PADDING, train_batches
 from ssrl_jax.data.sampling import position
 from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import (
@@ -275,14 +277,17 @@ def train(
   guard = Guard(experiment, workdir, embedding_size(experiment))
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
   batches = training_batches(experiment, source, start_step=first)
+  damaged = damaged_list(experiment, source, workdir, state)
   latest: dict[str, float] = {}
 
   def settle(pending) -> None:
     """Fetches a step's metrics, which waits for it; checks and logs them."""
-    step, metrics, ids = pending
+    step, metrics, ids, substituted = pending
     figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
     guard.check_finite(step, figures, ids)
     del figures["first_non_finite"]
+    unread_B = np.where(substituted, ids, PADDING)
+    damaged.settle(step, figures["data/substituted"], unread_B, batches.damage)
     latest.update(figures)
     if step % config.log.every_steps == 0 or step == total:
       figures |= watch.read()
@@ -300,7 +305,7 @@ def train(
         state, metrics = compiled(state, parallel.to_device(batch, experiment.mesh))
         if pending:  # the step before this one: its metrics come while this one runs
           settle(pending)
-        pending = (step, metrics, position(batch["id"]))
+        pending = (step, metrics, position(batch["id"]), batch["substituted"])
         stop = stopped()
         if step % config.checkpoint.every_steps == 0 or step == total or stop:
           settle(pending)
@@ -356,6 +361,23 @@ def training_batches(experiment: Experiment, source: Source, *, start_step: int)
     sampling=training_sampling(config, source),
     frames=config.data.frames,
     frame_span=config.data.frame_span,
+  )
+
+
+def damaged_list(
+  experiment: Experiment, source: Source, workdir: Path, state: TrainState
+) -> DamagedList:
+  """What the run could not read so far, and when it is too much."""
+  config, sampling = experiment.config, training_sampling(experiment.config, source)
+  return DamagedList(
+    workdir,
+    step=int(state.step),
+    batch_size=config.batch_size,
+    num_examples=np.count_nonzero(sampling.weights) if sampling else len(source),
+    max_fraction=config.data.max_bad_fraction,
+    substituted=int(state.substituted),
+    gather=parallel.all_processes,
+    writes=jax.process_index() == 0,
   )
 
 

@@ -202,6 +202,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.batch_size=4096"], "lower batch_size"),
     ([SMOKE, "--config.data.source=clips:/nowhere/at/all"], "give clips:PATH"),
     ([SMOKE, "--config.data.frames=2"], "give data.source=clips:PATH"),
+    ([SMOKE, "--config.data.max_bad_fraction=5"], "expected 0 (none) to 1 (never stop)"),
     ([SMOKE, "--config.data.frames=0"], "data.frames is 0; expected 1 to 2"),
     ([SMOKE, "--config.data.sampling=weights"], "name the .npy file"),
     ([SMOKE, "--config.views_ramp.start=0.5"], "views_ramp.epochs is 0"),
@@ -293,11 +294,35 @@ def test_folder_of_pictures_trains_and_counts_the_damaged_one(tmp_path):
     "--config.data.num_train=0", "--config.data.num_test=0", "--config.steps=5",
   )  # fmt: skip
   assert code == 0, err
-  assert "0.png" in err  # named once
-  assert (
-    results(tmp_path / "run")["substituted"] >= 2
-  )  # 5 steps of 16 are two epochs of 40 and more
+  assert err.count("0.png: not one of") == 1
+  record = results(tmp_path / "run")
+  assert record["substituted"] >= 2  # 5 steps of 16 are two epochs of 40 and more
+  assert record["damaged"] == 1
+  (line,) = (tmp_path / "run" / "damaged.jsonl").read_text().splitlines()
+  damaged = json.loads(line)
+  assert damaged["path"] == str(tmp_path / "set" / "train" / "dark" / "0.png")
+  assert damaged["reason"].startswith("not one of JPEG")
   assert results(tmp_path / "run")["results"]["raw_pixels"]["knn/accuracy"] == 100
+
+
+def test_folder_with_too_many_damaged_files_stops_and_goes_on_when_that_is_allowed(tmp_path):
+  class_folders(tmp_path / "set", train=20, test=1)
+  for i in range(1, 6):
+    (tmp_path / "set" / "train" / "dark" / f"{i}.png").write_bytes(b"")
+  arguments = (
+    SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{tmp_path / 'set'}",
+    "--config.data.num_train=0", "--config.steps=6", "--config.checkpoint.every_steps=1",
+    "--config.evaluate.evals=", "--config.evaluate.report=False",
+  )  # fmt: skip
+  line = fails_with_one_line(*arguments)
+  stopped = int(re.search(r"step (\d): \d of the \d+ examples seen so far cannot be read", line)[1])
+  assert "raise data.max_bad_fraction" in line
+  saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+  assert max(saved, default=0) < stopped  # nothing of the step that was too much is kept
+  assert f"step {stopped}: " in fails_with_one_line(*arguments)  # again, when it is resumed
+  code, _, err = run(*arguments, "--config.data.max_bad_fraction=0.2")
+  assert code == 0, err
+  assert results(tmp_path / "run")["damaged"] == 6
 
 
 def test_unlabelled_folder_trains_and_says_that_nothing_is_measured(tmp_path):

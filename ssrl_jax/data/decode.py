@@ -11,7 +11,7 @@ import io
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 # Only formats that Pillow decodes by itself: a file may not choose to be, say, PostScript, for
 # which Pillow would start an interpreter.
@@ -19,6 +19,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 # What shows through transparent pixels: the mean of ImageNet's mean colour (0.485, 0.456, 0.406).
 GREY = 114
+
+# A file that claims more is a lie or blank: deflate makes at most 8,256 bilevel pixels of a byte.
+# 256 bytes that claimed 13,000 x 13,000 pixels of JPEG 2000 took 1.4 GB and gave one colour.
+MAX_PIXELS_PER_BYTE = 10_000
 
 _ORIENTATION = 0x0112  # EXIF tag; value -> what turns the stored picture upright
 _UPRIGHT = {
@@ -54,8 +58,8 @@ def decode(image: Picture, *, canvas: int) -> tuple[np.ndarray, np.ndarray]:
     uint8 [S, S, 3], zero outside the picture; int32 [2], the picture's height and width on it.
 
   Raises:
-    DamagedImage: truncated, empty, not a picture, values out of range, or more than Pillow's limit
-      of 179 million pixels.
+    DamagedImage: truncated, empty, not a picture, values out of range, more than Pillow's limit of
+      179 million pixels, or more than MAX_PIXELS_PER_BYTE.
   """
   pixels = decode_pixels(image, canvas)
   height, width = pixels.shape[:2]
@@ -107,6 +111,7 @@ def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int)
       return _upright_rgb(image.copy(), canvas)
     file = io.BytesIO(image) if isinstance(image, bytes) else image
     with Image.open(file, formats=FORMATS) as im:
+      _check_claim(im.size, len(image) if isinstance(image, bytes) else os.path.getsize(image))
       return _upright_rgb(im, canvas)
   except MemoryError:
     raise
@@ -115,6 +120,11 @@ def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int)
     # on damaged files. Its message for unknown bytes holds an address, different in every run.
     known = {DamagedImage: str(e), Image.UnidentifiedImageError: f"not one of {', '.join(FORMATS)}"}
     raise DamagedImage(f"{_name(image)}: {known.get(type(e), f'{type(e).__name__}: {e}')}") from e
+
+
+def _check_claim(size: tuple[int, int], num_bytes: int) -> None:
+  if size[0] * size[1] > MAX_PIXELS_PER_BYTE * num_bytes:
+    raise DamagedImage(f"claims {size[0]} x {size[1]} pixels in {num_bytes} bytes")
 
 
 def _name(image: bytes | str | os.PathLike | Image.Image) -> str:
@@ -153,6 +163,8 @@ def _to_rgb(im: Image.Image) -> Image.Image:
     return _array_to_rgb(np.asarray(im))
   if im.has_transparency_data:
     return _on_grey(im.convert("RGBA"))
+  if im.mode == "CMYK" and im.format == "JPEG" and "adobe" not in im.info:
+    im = ImageChops.invert(im)  # Pillow takes every CMYK JPEG for one of Adobe's, inverted
   return im.convert("RGB")
 
 

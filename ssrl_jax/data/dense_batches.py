@@ -6,17 +6,15 @@ import concurrent.futures
 
 import numpy as np
 
+from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
 from ssrl_jax.data.decode import DamagedImage, decode
 from ssrl_jax.data.dense import DenseSource
 from ssrl_jax.data.pipeline import (
   PADDING,
-  Batch,
-  Batches,
   check_at_least,
   each_once,
   epochs_and_ids,
   local_batch_size,
-  prefetched,
 )
 
 
@@ -46,7 +44,7 @@ def train_batches(
   ids = epochs_and_ids(source, seed, batch_size).map(lambda drawn: drawn[1])
   ids = ids[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads)
-  return Batches(prefetched(ids.map(reader)[start_step:], workers), reader)
+  return Batches(ids[start_step:], reader, reader, workers=workers)
 
 
 def eval_batches(
@@ -68,7 +66,7 @@ def eval_batches(
   check_at_least(0, workers=workers)
   reader = _Reader(source, canvas, threads)
   ids = each_once(len(source), batch_size, process_index, process_count, limit)
-  return Batches(prefetched(ids.map(reader), workers), reader)
+  return Batches(ids, reader, reader, workers=workers)
 
 
 class _Reader:
@@ -76,7 +74,7 @@ class _Reader:
 
   def __init__(self, source: DenseSource, canvas: int, threads: int):
     check_at_least(1, canvas=canvas, threads=threads)
-    self._source, self._canvas, self._threads = source, canvas, threads
+    self.source, self._canvas, self._threads = source, canvas, threads
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
   def __getstate__(self):
@@ -86,12 +84,13 @@ class _Reader:
     if self._pool:
       self._pool.shutdown(cancel_futures=True)
 
-  def damage(self, i: int) -> str:
+  def damage(self, i: int) -> Damage:
+    path = self.source.paths[i]
     try:
-      decode(self._source.paths[i], canvas=self._canvas)
+      decode(path, canvas=self._canvas)
     except DamagedImage as e:
-      return f"example {i} of {self._source!r} is damaged and counts nothing: {e}"
-    return f"example {i} of {self._source!r} could not be read at first, and now can"
+      return damage_of(path, f"{e} (counts nothing)")
+    return damage_of(path, "could not be read at first, and now can")
 
   def __call__(self, ids: np.ndarray) -> Batch:
     n, side = len(ids), self._canvas
@@ -101,7 +100,7 @@ class _Reader:
       "id": np.asarray(ids, np.int64),
       "weight": np.zeros(n, np.float32),
       "substituted": np.zeros(n, bool),
-    } | self._source.blank(n, side)
+    } | self.source.blank(n, side)
     places = [j for j in range(n) if ids[j] != PADDING]
     if self._threads == 1:
       for j in places:
@@ -115,9 +114,9 @@ class _Reader:
   def _put(self, batch: Batch, j: int) -> None:
     i = int(batch["id"][j])
     try:
-      batch["image"][j], batch["extent"][j] = decode(self._source.paths[i], canvas=self._canvas)
+      batch["image"][j], batch["extent"][j] = decode(self.source.paths[i], canvas=self._canvas)
     except DamagedImage:
       batch["substituted"][j] = True
       return
     batch["weight"][j] = 1
-    self._source.annotate(batch, j, i)
+    self.source.annotate(batch, j, i)

@@ -15,47 +15,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
 
+from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
 from ssrl_jax.data.decode import DamagedImage, Picture, decode
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
 from ssrl_jax.data.sources import Source, check_frames
 
-Batch = dict[str, np.ndarray]
 ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
 
 MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
 PADDING = -1  # the id of what fills the last batch of an evaluation
-
-
-class Batches(Iterator[Batch]):
-  """Host batches; names each damaged picture once, and `close()` ends threads and workers."""
-
-  def __init__(self, batches: grain.IterDataset, reader: _Reader):
-    self._batches, self._reader, self._open = iter(batches), reader, True
-    self._named: set[int] = set()
-
-  def __next__(self) -> Batch:
-    batch = next(self._batches)
-    # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
-    batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
-    for i in position(batch["id"][batch["substituted"]]).tolist():
-      if i not in self._named:
-        self._named.add(i)
-        logging.warning("%s", self._reader.damage(i))
-    return batch
-
-  def close(self) -> None:
-    if self._open:
-      self._batches.close()
-      self._reader.close()
-    # Dropped now, since Grain's iterators complain when they are collected at exit.
-    self._batches, self._open = iter(()), False
 
 
 def train_batches(
@@ -105,7 +79,7 @@ def train_batches(
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
   drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
-  return Batches(prefetched(drawn.map(reader.train)[start_step:], workers), reader)
+  return Batches(drawn[start_step:], reader.train, reader, workers=workers)
 
 
 def epochs_and_ids(
@@ -151,7 +125,7 @@ def eval_batches(
   check_at_least(0, workers=workers)
   reader = _Reader(source, canvas, threads)
   ids = each_once(len(source), batch_size, process_index, process_count, limit)
-  return Batches(prefetched(ids.map(reader.evaluate), workers), reader)
+  return Batches(ids, reader.evaluate, reader, workers=workers)
 
 
 def each_once(
@@ -188,17 +162,6 @@ def check_at_least(least: int, **values: int) -> None:
       raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
-def prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
-  """Reads ahead: batches are whole already, so more than a few would only cost memory."""
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  dataset = batches.to_iter_dataset(options)
-  if not workers:
-    return dataset
-  if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
-    flags.FLAGS.mark_as_parsed()
-  return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-
-
 class _Reader:
   """Ids -> a batch. Goes to worker processes, where it starts threads of its own."""
 
@@ -213,7 +176,7 @@ class _Reader:
     frame_span: int = 0,
   ):
     check_at_least(1, canvas=canvas, threads=threads)
-    self._source, self._canvas, self._threads = source, canvas, threads
+    self.source, self._canvas, self._threads = source, canvas, threads
     self._frames = frames
     self._draw_frames = functools.partial(draw_frames, count=frames, span=frame_span, seed=seed)
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -235,16 +198,17 @@ class _Reader:
     batch["weight"] = ((ids != PADDING) & ~batch["substituted"]).astype(np.float32)
     return batch
 
-  def damage(self, i: int) -> str:
+  def damage(self, i: int) -> Damage:
     """Why example `i` is damaged: reads all of it again, for workers can only send arrays."""
+    frame: Any = ""
     try:
-      example = self._source[i]
-      frames = example["frames"] if "frames" in example else (example["image"],)
+      example = self.source[i]
+      frames = example.get("frames", (example["image"],))
       for frame in frames:
         self._decode((frames[0], frame))
     except DamagedImage as e:
-      return f"example {i} of {self._source!r} is damaged: {e}"
-    return f"example {i} of {self._source!r} could not be read at first, and now can"
+      return damage_of(frame, str(e))
+    return damage_of(example["image"], "could not be read at first, and now can")
 
   def _batch(self, ids, put, frames: tuple[int, ...] = ()) -> Batch:
     n, side = len(ids), self._canvas
@@ -273,13 +237,13 @@ class _Reader:
       first = int(position(example_id))
       for i in range(first, first + MAX_DAMAGED):
         try:
-          self._put(batch, j, i % len(self._source), chosen)
+          self._put(batch, j, i % len(self.source), chosen)
           break
         except DamagedImage as e:
           batch["substituted"][j], error = True, e
       else:
         raise ValueError(
-          f"{MAX_DAMAGED} examples in a row, from {first} on, of {self._source!r} cannot be read; "
+          f"{MAX_DAMAGED} examples in a row, from {first} on, of {self.source!r} cannot be read; "
           f"repair the set; the last: {error}"
         )
 
@@ -295,11 +259,11 @@ class _Reader:
 
   def _put(self, batch: Batch, j: int, i: int, chosen: ChooseFrames | None = None) -> None:
     """Example `i` to place `j`; of a clip the `chosen` frames, or the middle one."""
-    example = self._source[i]
-    label, classes = example["label"], self._source.num_classes
+    example = self.source[i]
+    label, classes = example["label"], self.source.num_classes
     if label < -1 or (classes is not None and label >= classes):
       raise ValueError(
-        f"example {i} of {self._source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
+        f"example {i} of {self.source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
         "for unknown; correct the source's labels or its num_classes"
       )
     pictures = [example["image"]]

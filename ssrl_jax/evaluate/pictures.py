@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssrl_jax.data.pipeline import Batches, train_batches
+from ssrl_jax.data.batches import Batches
+from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.data.sources import Source
 from ssrl_jax.evaluate.features import Apply, Evaluation, FeatureSet
 from ssrl_jax.evaluate.linear import Head

@@ -255,6 +255,17 @@ def test_decompression_bomb_is_damaged():
     decode(bytes(data), canvas=32)
 
 
+def test_claim_of_far_more_pixels_than_bytes_is_damaged(tmp_path):
+  data = bytearray(encoded(Image.new("L", (10, 10)), "GIF"))
+  data[6:10] = np.array([9000, 9000], "<u2").tobytes()  # width and height of the screen
+  (tmp_path / "a.gif").write_bytes(data)
+  for image in (bytes(data), tmp_path / "a.gif"):
+    with pytest.raises(DamagedImage, match=rf"claims 9000 x 9000 pixels in {len(data)} bytes"):
+      decode(image, canvas=32)
+  blank = Image.new("1", (4000, 4000))  # what compresses best
+  assert shown(encoded(blank)).shape == (32, 32, 3)
+
+
 def test_what_cannot_be_an_image_is_an_error_of_the_source():
   with pytest.raises(TypeError, match="NoneType"):
     decode(None, canvas=32)
