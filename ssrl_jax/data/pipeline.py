@@ -22,11 +22,12 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from ssrl_jax.data.decode import DamagedImage, Picture, decode
+from ssrl_jax.data.decode import DamagedImage, Picture, decode_onto
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
 from ssrl_jax.data.sources import Source, check_frames
 
 Batch = dict[str, np.ndarray]
+Example = dict[str, Any]  # what a source gives
 ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
 
 MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
@@ -42,8 +43,6 @@ class Batches(Iterator[Batch]):
 
   def __next__(self) -> Batch:
     batch = next(self._batches)
-    # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
-    batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
     for i in position(batch["id"][batch["substituted"]]).tolist():
       if i not in self._named:
         self._named.add(i)
@@ -196,7 +195,13 @@ def prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
     return dataset
   if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
     flags.FLAGS.mark_as_parsed()
-  return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return grain.experimental.ThreadPrefetchIterDataset(dataset.map(_owned), prefetch_buffer_size=1)
+
+
+def _owned(batch: Batch) -> Batch:
+  """Workers send arrays in shared memory that is unmapped with the array, even if views remain."""
+  return {k: np.array(v) for k, v in batch.items()}
 
 
 class _Reader:
@@ -241,7 +246,7 @@ class _Reader:
       example = self._source[i]
       frames = example["frames"] if "frames" in example else (example["image"],)
       for frame in frames:
-        self._decode((frames[0], frame))
+        self._decode(np.empty((2, self._canvas, self._canvas, 3), np.uint8), (frames[0], frame))
     except DamagedImage as e:
       return f"example {i} of {self._source!r} is damaged: {e}"
     return f"example {i} of {self._source!r} could not be read at first, and now can"
@@ -255,25 +260,33 @@ class _Reader:
       "id": np.asarray(ids, np.int64),
       "substituted": np.zeros(n, bool),
     }
+    put = functools.partial(put, batch, self._read_together(batch["id"]))
     if self._threads == 1:
-      put(batch, range(n))
+      put(range(n))
       return batch
     if self._pool is None:
       self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
     # A few runs of places for each thread: one by one would cost more than small pictures do.
     runs = np.array_split(np.arange(n), min(n, 4 * self._threads))
-    for done in [self._pool.submit(put, batch, run.tolist()) for run in runs]:
+    for done in [self._pool.submit(put, run.tolist()) for run in runs]:
       done.result()
     return batch
 
-  def _put_substitute(self, epochs: np.ndarray, batch: Batch, places) -> None:
+  def _read_together(self, ids: np.ndarray) -> dict[int, Example]:
+    """{position: example} of a source that reads many at once faster; of others nothing."""
+    if not hasattr(self._source, "__getitems__"):
+      return {}
+    positions = np.unique(position(ids[ids != PADDING])).tolist()
+    return dict(zip(positions, self._source.__getitems__(positions)))
+
+  def _put_substitute(self, epochs: np.ndarray, batch: Batch, read, places) -> None:
     for j in places:
       example_id = int(batch["id"][j])
       chosen = functools.partial(self._draw_frames, epoch=int(epochs[j]), example_id=example_id)
       first = int(position(example_id))
       for i in range(first, first + MAX_DAMAGED):
         try:
-          self._put(batch, j, i % len(self._source), chosen)
+          self._put(batch, j, i % len(self._source), read, chosen)
           break
         except DamagedImage as e:
           batch["substituted"][j], error = True, e
@@ -283,39 +296,46 @@ class _Reader:
           f"repair the set; the last: {error}"
         )
 
-  def _put_or_mark(self, batch: Batch, places) -> None:
+  def _put_or_mark(self, batch: Batch, read, places) -> None:
     for j in places:
       i = int(batch["id"][j])
       if i == PADDING:
         continue
       try:
-        self._put(batch, j, i)
+        self._put(batch, j, i, read)
       except DamagedImage:
         batch["substituted"][j] = True
 
-  def _put(self, batch: Batch, j: int, i: int, chosen: ChooseFrames | None = None) -> None:
+  def _put(
+    self,
+    batch: Batch,
+    j: int,
+    i: int,
+    read: dict[int, Example],
+    chosen: ChooseFrames | None = None,
+  ) -> None:
     """Example `i` to place `j`; of a clip the `chosen` frames, or the middle one."""
-    example = self._source[i]
+    example = read.get(i) or self._source[i]
     label, classes = example["label"], self._source.num_classes
     if label < -1 or (classes is not None and label >= classes):
       raise ValueError(
         f"example {i} of {self._source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
         "for unknown; correct the source's labels or its num_classes"
       )
-    pictures = [example["image"]]
+    pictures, canvases = [example["image"]], batch["image"][j]
     if chosen and "frames" in example:
       pictures = [example["frames"][k] for k in chosen(len(example["frames"]))]
-    images, extent = self._decode(pictures)
-    batch["image"][j] = images[0] if batch["image"].ndim == 4 else images
-    batch["extent"][j], batch["label"][j] = extent, label
+    if canvases.ndim == 3:
+      canvases = canvases[None]
+    batch["extent"][j], batch["label"][j] = self._decode(canvases, pictures), label
 
-  def _decode(self, pictures: Sequence[Picture]) -> tuple[Sequence[np.ndarray], np.ndarray]:
-    """Pictures on canvases, and the extent that they share."""
-    images, extents = zip(*[decode(picture, canvas=self._canvas) for picture in pictures])
+  def _decode(self, canvases: np.ndarray, pictures: Sequence[Picture]) -> tuple[int, int]:
+    """Pictures onto canvases uint8 [F, S, S, 3]; returns the extent that they share."""
+    extents = [decode_onto(canvas, picture) for canvas, picture in zip(canvases, pictures)]
     for picture, extent in zip(pictures, extents):
-      if (extent != extents[0]).any():
+      if extent != extents[0]:
         raise DamagedImage(
           f"{picture} is {extent[0]}x{extent[1]} pixels on the canvas, and another frame of its "
           f"clip, {pictures[0]}, {extents[0][0]}x{extents[0][1]}"
         )
-    return images, extents[0]
+    return extents[0]

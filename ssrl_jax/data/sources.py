@@ -26,7 +26,10 @@ _NUM_SCENES = {"train": 8192, "test": 2048}  # of digit_scenes, unless a limit s
 
 
 class Source(Protocol):
-  """Pictures by position. Picklable, since worker processes read it, with a stable repr."""
+  """Pictures by position. Picklable, since worker processes read it, with a stable repr.
+
+  A source that reads many at once faster has __getitems__(positions) -> list of examples, too.
+  """
 
   num_classes: int | None  # None: no labels
   class_names: tuple[str, ...]
@@ -231,7 +234,12 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    record = self._records[i]
+    return self._example(self._records[i])
+
+  def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+    return [self._example(record) for record in self._records.__getitems__(positions)]
+
+  def _example(self, record: dict[str, Any]) -> dict[str, Any]:
     return {"image": record[self._image], "label": int(record[self._label]) if self._label else -1}
 
   def __reduce__(self):
