@@ -71,6 +71,7 @@ def train_batches(
   sampling: Sampling | None = None,
   frames: int = 1,
   frame_span: int = 0,
+  resident: np.ndarray | None = None,
 ) -> Batches:
   """Endless batches of this process, the first being that of the update after `start_step`.
 
@@ -91,6 +92,8 @@ def train_batches(
     sampling: how often each example is drawn in an epoch of len(source) draws; None: once.
     frames: F, drawn anew in each epoch of each clip; for still pictures 1.
     frame_span: from a random window of so many of the clip's frames; 0: from all.
+    resident: bool [N], which examples are substituted, where the pictures are on the devices already
+      (data/resident.py): nothing is read, and batches have only "id" and "substituted".
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], or [b, F, S, S, 3] with more than one frame,
@@ -104,7 +107,30 @@ def train_batches(
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
   drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
+  if resident is not None:
+    named = drawn.map(lambda epochs_and_ids: _known(epochs_and_ids[1], resident))
+    return Batches(prefetched(named[start_step:], 0), reader)
   return Batches(prefetched(drawn.map(reader.train)[start_step:], workers), reader)
+
+
+def _known(ids: np.ndarray, substituted: np.ndarray) -> Batch:
+  return {"id": ids, "substituted": substituted[position(ids)]}
+
+
+def each_as_trained(
+  source: Source, *, canvas: int, workers: int, threads: int, batch_size: int = 256
+) -> Iterator[Batch]:
+  """Every still picture once, in the order of the source, as training sees it: with substitutes."""
+  reader, n = _Reader(source, canvas, threads), len(source)
+  ids = grain.MapDataset.range(-(-n // batch_size)).map(
+    lambda k: np.arange(k * batch_size, min(n, (k + 1) * batch_size))
+  )
+  batches = iter(prefetched(ids.map(lambda i: reader.train((np.zeros_like(i), i))), workers))
+  try:
+    yield from batches
+  finally:
+    batches.close()
+    reader.close()
 
 
 def epochs_and_ids(
