@@ -93,7 +93,7 @@ def base_config(method: str) -> ConfigDict:
   c.data.sampling_file = ""  # .npy of one weight or cluster number for each training example
   c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
   c.data.cache = ""  # "device": still pictures are decoded once and kept on the devices; "": read
-  c.data.cache_mib = 4096  # most that the cache may take of one device
+  c.data.cache_mib = 4096.0  # most that the cache may take of one device
   c.data.steps_ahead = 8  # with the cache: steps given to the devices before metrics are awaited
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process

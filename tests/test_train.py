@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import flax.linen as nn
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,8 +12,10 @@ from PIL import Image
 from configs import digits
 from ssrl_jax.config import view_group
 from ssrl_jax.experiment import build, open_split
+from ssrl_jax.method import Features
+from ssrl_jax.methods import simclr
 from ssrl_jax.state import state_digest
-from ssrl_jax.train import train
+from ssrl_jax.train import steps_to_edge, train
 
 RATES = ("images_per_second", "data_wait_percent", "mfu_percent", "time")
 
@@ -31,24 +34,35 @@ def folder(tmp_path_factory):
   return root
 
 
-def tiny(folder, *, devices, cache="", most=1, sampling="class"):
+class Linear(nn.Module):
+  """An encoder that compiles in no time: what is tested is what it is fed."""
+
+  @nn.compact
+  def __call__(self, images, train):
+    del train
+    return Features(pooled=nn.Dense(8)(images.reshape(len(images), -1)), maps={})
+
+
+def tiny(folder, *, devices, cache="", ahead=1, sampling="class"):
   c = digits.get_config("simclr")
-  c.encoder.name = "resnet6"
-  c.encoder.resnet.update({"width": 2})
-  c.global_views = view_group(size=8, jitter=0.0, blur=(0.0,), greyscale=0.0)
+  c.global_views = view_group(size=16, jitter=0.0, blur=(0.0,), greyscale=0.0)
   c.batch_size, c.steps = 8, 7
   c.data.update({"source": f"folder:{folder}", "canvas": 16, "num_train": 0, "threads": 1})
-  c.data.update({"cache": cache, "steps_ahead": most, "sampling": sampling})
+  c.data.update({"cache": cache, "steps_ahead": ahead, "sampling": sampling})
   c.checkpoint.every_steps, c.log.every_steps = 4, 3
-  c.log.tensorboard = False
+  c.log.tensorboard, c.evaluate.size = False, 16
   c.mesh.devices = devices
   return c
 
 
 def run(config, workdir, *, stop_after=None):
   """(digest of the last state, {step: figures}, whether it came to its end)."""
+  workdir.mkdir(exist_ok=True)
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+  views = experiment.method.views
+  method = simclr.make(encoder=Linear(), views=views, run=None, hidden_dim=8, out_dim=8)
+  experiment = experiment._replace(method=method)
   lines = []
 
   def say(line):
@@ -67,13 +81,35 @@ def streamed(folder, tmp_path_factory):
   return run(tiny(folder, devices=1), tmp_path_factory.mktemp("streamed"))
 
 
-def test_pictures_on_the_device_train_the_same_state(folder, streamed, tmp_path):
-  assert run(tiny(folder, devices=1, cache="device"), tmp_path) == streamed
-  assert streamed[1][7]["data/substituted"] > 0
-
-
-def test_several_steps_in_a_dispatch_train_the_same_state_also_resumed(folder, streamed, tmp_path):
-  config = tiny(folder, devices=1, cache="device", most=3)
+def test_pictures_on_the_device_train_the_same_state_also_resumed(folder, streamed, tmp_path):
+  config = tiny(folder, devices=1, cache="device", ahead=5)
   *_, finished = run(config, tmp_path, stop_after=3)
   assert not finished
   assert run(config, tmp_path) == streamed
+  assert streamed[1][7]["data/substituted"] > 0
+
+
+def test_pictures_cut_over_eight_devices_train_the_same_state(folder, tmp_path):
+  config = tiny(folder, devices=8, cache="device", sampling="uniform", ahead=3)
+  config.data.cache_mib = 0.003  # of 0.02
+  want = run(tiny(folder, devices=8, sampling="uniform"), tmp_path / "streamed")
+  assert run(config, tmp_path / "device") == want
+
+
+def test_first_bad_step_of_those_given_ahead_is_named_and_not_saved(folder, tmp_path):
+  config = tiny(folder, devices=1, cache="device", ahead=7)
+  config.optim.update({"learning_rate": 1e30, "warmup_epochs": 1.0})  # 0 at first
+  with pytest.raises(FloatingPointError, match="step 2: NaN or infinity"):
+    run(config, tmp_path)
+  assert json.loads((tmp_path / "non_finite.json").read_text())["step"] == 2
+  assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_steps_given_ahead_end_at_lines_checkpoints_and_the_end():
+  assert [steps_to_edge(step, 9, 16, 3, 4) for step in (0, 3, 4, 6, 8)] == [3, 1, 2, 2, 1]
+  assert steps_to_edge(0, 9, 2, 3, 4) == 2
+
+
+def test_unknown_cache_is_refused(folder):
+  with pytest.raises(ValueError, match=r"data.cache is 'gpu'; expected '' .* or 'device'"):
+    build(tiny(folder, devices=1, cache="gpu"), num_examples=27, num_classes=2)
