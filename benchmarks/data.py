@@ -37,14 +37,15 @@ from benchmarks.common import write_results
 from ssrl_jax.data import decode as decoder
 from ssrl_jax.data.pipeline import train_batches
 
-WIDTH, HEIGHT, QUALITY = 500, 400, 92
+WIDTH, HEIGHT, QUALITY, NOISE = 500, 400, 92, 14
 BARE = "bare decoder (libjpeg-turbo)"
 CANVASES = (512, 352, 224)  # not shrunk; of configs/imagenet.py; of a small view
 
 
 def make_jpegs(photos: str, count: int) -> list[bytes]:
   rng = np.random.default_rng(0)
-  paths = sorted(p for p in Path(photos).rglob("*.jp*g"))[:count] if photos else []
+  files = sorted(Path(photos).rglob("*")) if photos else []
+  paths = [p for p in files if p.suffix.lower() in (".jpg", ".jpeg")][:count]
   y, x = np.mgrid[:HEIGHT, :WIDTH]
   jpegs = []
   for i in range(count):
@@ -54,7 +55,7 @@ def make_jpegs(photos: str, count: int) -> list[bytes]:
     else:
       waves = [np.sin(x / rng.uniform(5, 90) + y / rng.uniform(5, 90)) for _ in range(6)]
       base = 128 + 30 * np.stack([waves[c] + waves[c + 3] for c in range(3)], -1)
-    noisy = base + rng.normal(0, 12, (HEIGHT, WIDTH, 1))
+    noisy = base + rng.normal(0, NOISE, (HEIGHT, WIDTH, 1))
     file = io.BytesIO()
     Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
     jpegs.append(file.getvalue())

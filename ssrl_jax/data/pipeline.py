@@ -92,8 +92,8 @@ def train_batches(
     sampling: how often each example is drawn in an epoch of len(source) draws; None: once.
     frames: F, drawn anew in each epoch of each clip; for still pictures 1.
     frame_span: from a random window of so many of the clip's frames; 0: from all.
-    resident: bool [N], which examples are substituted, where the pictures are on the devices already
-      (data/resident.py): nothing is read, and batches have only "id" and "substituted".
+    resident: bool [N], which examples are substituted, where the pictures are on the devices
+      already (data/resident.py): nothing is read, and batches have only "id" and "substituted".
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], or [b, F, S, S, 3] with more than one frame,

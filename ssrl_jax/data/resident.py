@@ -1,7 +1,7 @@
-"""A small training set that lives on the devices: decoded once, gathered inside the compiled step.
+"""A small training set on the devices: decoded once, its batches gathered in the compiled step.
 
-The pictures are those that `pipeline.train_batches` would send, substitutes included, and the ids of
-a step are the same: only where a batch is put together changes. The host is left with the ids.
+The pictures are those that `pipeline.train_batches` would send, substitutes included, and the ids
+of a step are the same: only where a batch is put together changes. The host sends the ids.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load(
   """
   if "frames" in source[0]:
     raise ValueError(
-      f"data.cache is 'device', but {source!r} has clips, whose frames are drawn anew in each epoch; "
+      f"data.cache is 'device', but {source!r} has clips, of which each epoch draws other frames; "
       "set data.cache to ''"
     )
   n, rows = len(source), -(-len(source) // mesh.size) * mesh.size

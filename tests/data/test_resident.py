@@ -83,5 +83,5 @@ def test_clips_are_refused(tmp_path):
     (tmp_path / clip).mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / clip / "1.png")
   source = open_source(f"clips:{tmp_path}", split="train")
-  with pytest.raises(ValueError, match="has clips.*set data.cache to ''"):
+  with pytest.raises(ValueError, match=r"has clips.*set data.cache to ''"):
     resident.load(source, canvas=8, mesh=parallel.make_mesh(1), limit_mib=1, workers=0, threads=1)
