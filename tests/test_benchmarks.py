@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import blocks, evaluate, step
+from benchmarks import blocks, data, evaluate, step
 from configs import digits
 
 
@@ -35,3 +35,18 @@ def test_evaluate_benchmark_measures_each_part():
     assert row["seconds"] > 0
     assert row["compile_s"] >= 0
     assert row["per_s"] > 0
+
+
+def test_data_benchmark_measures_the_way_to_the_canvas(tmp_path):
+  jpegs = data.make_jpegs("", 2)
+  (tmp_path / "a.jpg").write_bytes(jpegs[0])
+  rows = [
+    *data.measure_parts(jpegs, 224, seconds=0.01),
+    *data.measure_peers(tmp_path, 224, 0.01, torch="", tensorflow=""),
+    *data.measure_memory(10),
+  ]
+  assert {tuple(row) for row in rows} == {("setting", "what", "per_s", "percent")}
+  what = {row["what"]: row for row in rows}
+  assert what[data.BARE]["percent"] == "100.0"
+  assert what["tf.data"]["per_s"] == "not run"
+  assert float(what["after 10 batches"]["per_s"].replace(",", "")) > 0
