@@ -26,7 +26,8 @@ from ssrl_jax.options import keyword_defaults, nearest
 # What may change between a run and its continuation. It cannot change what a step computes, but for
 # `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
-            "data.threads", "data.max_bad_fraction", "data.dry_run")  # fmt: skip
+            "data.threads", "data.cache", "data.steps_ahead", "data.max_bad_fraction",
+            "data.dry_run")  # fmt: skip
 
 
 def view_group(**changes: Any) -> ConfigDict:
@@ -74,6 +75,9 @@ def base_config(method: str) -> ConfigDict:
   c.data.sampling = "uniform"  # uniform: each once an epoch | class: balanced | weights | clusters
   c.data.sampling_file = ""  # .npy of one weight or cluster number for each training example
   c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
+  c.data.cache = ""  # "device": still pictures are decoded once and kept on the devices; "": read
+  c.data.cache_mib = 4096.0  # most that the cache may take of one device
+  c.data.steps_ahead = 8  # with the cache: steps given to the devices before metrics are awaited
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process
   c.data.max_bad_fraction = (

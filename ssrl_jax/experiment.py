@@ -107,6 +107,8 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
   check_ramp(**config.views_ramp)
   check_fraction(config.data.max_bad_fraction)
+  if config.data.cache not in ("", "device"):
+    raise ValueError(f"data.cache is {config.data.cache!r}; expected '' (streamed) or 'device'")
   name, options = split_name(config.method)
   if name not in METHODS:
     raise ValueError(nearest(name, METHODS, "method"))

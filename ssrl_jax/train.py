@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +14,7 @@ import optax
 
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.data import resident
 from ssrl_jax.data.batches import Batches
 from ssrl_jax.data.damaged import DamagedList
 from ssrl_jax.data.pipeline import PADDING, train_batches
@@ -32,12 +29,13 @@ from ssrl_jax.experiment import (
 )
 from ssrl_jax.flops import count_flops, peak_flops
 from ssrl_jax.method import Array
-from ssrl_jax.metrics import Writer, collapse, first_non_finite, global_norm, health
+from ssrl_jax.metrics import Writer, first_non_finite, global_norm, health
 from ssrl_jax.pixels import denormalise
 from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
 from ssrl_jax.views import abstract_views as views_shapes
 from ssrl_jax.views import make_views, strength_at
+from ssrl_jax.watch import Guard, Stopwatch, progress_line, stop_on_sigterm
 
 Batch = dict[str, Array]
 
@@ -120,19 +118,77 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
 
 def compile_step(experiment: Experiment, state: TrainState) -> Callable:
   """The compiled, donating step: (state, batch) -> state, metrics; `state` may be abstract."""
+  step = _donating(make_watched_step(experiment), experiment, state)
+  return step.lower(state, abstract_batch(experiment)).compile()
+
+
+def make_watched_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple]:
+  """step(state, batch) -> state, metrics, among them which watched tensor is not finite."""
   step = make_train_step(experiment)
 
   def watched_step(state, batch):
     state, metrics, watched = step(state, batch)
     return state, {**metrics, "first_non_finite": first_non_finite(watched)}
 
+  return watched_step
+
+
+def _donating(f: Callable, experiment: Experiment, state: TrainState) -> Any:
+  """jit(f), which is given the state to keep and returns the next one, sharded alike."""
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  compiled = jax.jit(
-    watched_step,
-    donate_argnums=0,
-    out_shardings=(shardings, parallel.replicated(experiment.mesh)),
+  replicated = parallel.replicated(experiment.mesh)
+  return jax.jit(f, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+class Steps(NamedTuple):
+  """How a run makes its steps: from batches of the host, or from pictures on the devices."""
+
+  run: Callable  # (state, host batch) -> state, metrics
+  batches: Batches
+  most: int  # steps that are given to the devices before any metrics are waited for
+
+
+def make_steps(experiment: Experiment, source: Source, *, start_step: int) -> Steps:
+  """Compiles, and with `data.cache` loads the pictures."""
+  data, mesh, state = experiment.config.data, experiment.mesh, abstract_state(experiment)
+  if not data.cache:
+    step = compile_step(experiment, state)
+    batches = training_batches(experiment, source, start_step=start_step)
+    return Steps(lambda state, batch: step(state, parallel.to_device(batch, mesh)), batches, 1)
+
+  arrays, substituted = resident.load(
+    source,
+    canvas=data.canvas,
+    mesh=mesh,
+    limit_mib=data.cache_mib,
+    workers=data.workers,
+    threads=data.threads,
   )
-  return compiled.lower(state, abstract_batch(experiment)).compile()
+  step = compile_resident_step(experiment, state, arrays)
+
+  def run(state, batch):
+    return step(state, parallel.to_device({"id": batch["id"]}, mesh)["id"], arrays)
+
+  batches = training_batches(experiment, source, start_step=start_step, resident=substituted)
+  return Steps(run, batches, data.steps_ahead)
+
+
+def steps_to_edge(step: int, total: int, most: int, *every: int) -> int:
+  """How many steps to give to the devices after `step`: up to the next line or checkpoint."""
+  return min(most, total - step, *(n - step % n for n in every))
+
+
+def compile_resident_step(
+  experiment: Experiment, state: TrainState, arrays: dict[str, Array]
+) -> Callable:
+  """As `compile_step`: (state, ids uint32 [B, 2], arrays of `resident.load`) -> state, metrics."""
+  watched_step = make_watched_step(experiment)
+
+  def step(state, ids_B2, arrays):
+    return watched_step(state, resident.gather(arrays, ids_B2, experiment.mesh))
+
+  ids = abstract_batch(experiment)["id"]
+  return _donating(step, experiment, state).lower(state, ids, arrays).compile()
 
 
 def watched_names(experiment: Experiment) -> list[str]:
@@ -156,92 +212,6 @@ def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   return shapes | {"label": jax.ShapeDtypeStruct((b,), jnp.int32)}
 
 
-class Stopwatch:
-  """Rates since the last reading: images/s, share of time spent waiting for data, MFU."""
-
-  def __init__(self, *, batch_size: int, flops: float, peak: float):
-    self._batch_size, self._flops, self._peak = batch_size, flops, peak
-    self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-  def waited(self, seconds: float) -> None:
-    self._waited += seconds
-    self._steps += 1
-
-  def read(self) -> dict[str, float]:
-    now = time.perf_counter()
-    seconds, steps = max(now - self._start, 1e-9), self._steps
-    figures = {
-      "images_per_second": self._batch_size * steps / seconds,
-      "data_wait_percent": 100 * self._waited / seconds,
-      "mfu_percent": 100 * self._flops * steps / seconds / self._peak,
-    }
-    self._start, self._waited, self._steps = now, 0.0, 0
-    return figures
-
-
-class Guard:
-  """What is checked of every step's metrics, one step late: finite, and not collapsed."""
-
-  PATIENCE = 3  # log lines in a row
-
-  def __init__(self, experiment: Experiment, workdir: Path, num_dimensions: int):
-    self._names = watched_names(experiment)
-    self._workdir, self._num_dimensions = workdir, num_dimensions
-    self._quiet_until = max(50, experiment.total_steps // 10)
-    self._collapsed = 0
-
-  def check_finite(self, step: int, metrics: dict[str, float], ids: np.ndarray) -> None:
-    index = int(metrics["first_non_finite"])
-    if index < 0:
-      return
-    record = {"step": step, "first_bad_tensor": self._names[index], "ids": ids.tolist()}
-    (self._workdir / "non_finite.json").write_text(json.dumps(record))
-    raise FloatingPointError(
-      f"step {step}: NaN or infinity, first in {self._names[index]!r} (loss "
-      f"{metrics['loss']:.4g}); images {ids[:8].tolist()}{' ...' if len(ids) > 8 else ''}, all of "
-      f"them in {self._workdir / 'non_finite.json'}. Nothing of this step was saved: lower "
-      "optim.learning_rate or set optim.clip_norm, and run again"
-    )
-
-  def check_collapse(self, step: int, metrics: dict[str, float]) -> None:
-    name = collapse(metrics, self._num_dimensions) if step >= self._quiet_until else None
-    self._collapsed = self._collapsed + 1 if name else 0
-    if self._collapsed == self.PATIENCE:
-      logging.warning("step %d: %s", step, name)
-
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-  """Yields a function that tells whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts."""
-  came: list[int] = []
-
-  def handler(number, frame):
-    if came and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    came.append(number)
-
-  try:
-    old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-  except ValueError:  # not the main thread: leave the signals alone
-    old = {}
-  try:
-    yield lambda: bool(came)
-  finally:
-    for number, previous in old.items():
-      signal.signal(number, previous)
-
-
-def progress_line(step: int, total: int, figures: dict[str, float], batch_size: int) -> str:
-  left = (total - step) * batch_size / max(figures["images_per_second"], 1e-9)
-  probe = f"probe {figures['probe/accuracy']:5.1f} %  " if "probe/accuracy" in figures else ""
-  return (
-    f"step {step:>{len(str(total))}}/{total} {100 * step // total:3d} %  "
-    f"loss {figures['loss']:8.4f}  {probe}{figures['images_per_second']:6.0f} images/s  "
-    f"data wait {figures['data_wait_percent']:.0f} %  MFU {figures['mfu_percent']:.1f} %  "
-    f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-  )
-
-
 def train(
   experiment: Experiment, source: Source, workdir: Path, *, say: Callable[[str], None]
 ) -> tuple[TrainState, bool]:
@@ -252,6 +222,7 @@ def train(
     with a checkpoint of the step it had come to).
   """
   config, total = experiment.config, experiment.total_steps
+  save_every = config.checkpoint.every_steps
   checkpoints = Checkpoints(
     workdir, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
   )
@@ -265,7 +236,7 @@ def train(
     return state, True
 
   start = time.perf_counter()
-  compiled = compile_step(experiment, abstract)
+  steps = make_steps(experiment, source, start_step=first)
   flops = flops_per_step(experiment)
   peak, peak_name = peak_flops(experiment.mesh.devices.flat[0])
   say(
@@ -274,48 +245,49 @@ def train(
     f"({peak_name})"
   )
   writer = Writer(workdir, step=first, tensorboard=config.log.tensorboard)
-  guard = Guard(experiment, workdir, embedding_size(experiment))
+  guard = Guard(experiment, workdir, watched_names(experiment), embedding_size(experiment))
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
-  batches = training_batches(experiment, source, start_step=first)
   damaged = damaged_list(experiment, source, workdir, state)
   latest: dict[str, float] = {}
 
   def settle(pending) -> None:
-    """Fetches a step's metrics, which waits for it; checks and logs them."""
-    step, metrics, ids, substituted = pending
-    figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
-    guard.check_finite(step, figures, ids)
-    del figures["first_non_finite"]
-    unread_B = np.where(substituted, ids, PADDING)
-    damaged.settle(step, figures["data/substituted"], unread_B, batches.damage)
-    latest.update(figures)
-    if step % config.log.every_steps == 0 or step == total:
-      figures |= watch.read()
-      writer.write(step, figures)
-      guard.check_collapse(step, figures)
-      say(progress_line(step, total, figures, config.batch_size))
+    """Fetches the metrics of some steps, which waits for them; checks and logs them."""
+    for step, metrics, ids, substituted in pending:
+      figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
+      guard.check_finite(step, figures, ids)
+      del figures["first_non_finite"]
+      unread_B = np.where(substituted, ids, PADDING)
+      damaged.settle(step, figures["data/substituted"], unread_B, steps.batches.damage)
+      latest.update(figures)
+      if step % config.log.every_steps == 0 or step == total:
+        figures |= watch.read()
+        writer.write(step, figures)
+        guard.check_collapse(step, figures)
+        say(progress_line(step, total, figures, config.batch_size))
 
-  pending = None
+  pending, step = [], first
   with stop_on_sigterm() as stopped:
     try:
-      for step in range(first + 1, total + 1):
-        before = time.perf_counter()
-        batch = next(batches)
-        watch.waited(time.perf_counter() - before)
-        state, metrics = compiled(state, parallel.to_device(batch, experiment.mesh))
-        if pending:  # the step before this one: its metrics come while this one runs
-          settle(pending)
-        pending = (step, metrics, position(batch["id"]), batch["substituted"])
+      while step < total:
+        before, pending = pending, []
+        for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
+          start = time.perf_counter()
+          batch = next(steps.batches)
+          watch.waited(time.perf_counter() - start)
+          state, metrics = steps.run(state, batch)
+          step += 1
+          pending.append((step, metrics, position(batch["id"]), batch["substituted"]))
+        settle(before)  # while those given just now run
         stop = stopped()
-        if step % config.checkpoint.every_steps == 0 or step == total or stop:
+        if step % save_every == 0 or step == total or stop:
           settle(pending)
-          pending = None
+          pending = []
           checkpoints.save(state, step=step, score=latest.get("probe/accuracy", 0.0))
         if stop:
           break
       checkpoints.wait()
     finally:
-      batches.close()
+      steps.batches.close()
       writer.close()
       checkpoints.close()
   return state, int(state.step) >= total
@@ -345,7 +317,13 @@ def views_fed(
   }
 
 
-def training_batches(experiment: Experiment, source: Source, *, start_step: int) -> Batches:
+def training_batches(
+  experiment: Experiment,
+  source: Source,
+  *,
+  start_step: int,
+  resident: np.ndarray | None = None,
+) -> Batches:
   """This process's share of the batches from the update after `start_step` on."""
   config = experiment.config
   return train_batches(
@@ -361,6 +339,7 @@ def training_batches(experiment: Experiment, source: Source, *, start_step: int)
     sampling=training_sampling(config, source),
     frames=config.data.frames,
     frame_span=config.data.frame_span,
+    resident=resident,
   )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import blocks, evaluate, index, step
+from benchmarks import blocks, data, evaluate, index, step
 from configs import digits
 from ssrl_jax.data import index_cache
 
@@ -47,3 +47,18 @@ def test_index_benchmark_lists_with_and_without_what_was_kept(tmp_path, monkeypa
   assert [row["runs"] for row in warm] == [index.REPEATS] * 3
   assert {row["wall_seconds"] for row in rows if row not in warm} == {"not run"}
   assert len(list((tmp_path / "cache" / "ssrl_jax").iterdir())) == 1
+
+
+def test_data_benchmark_measures_the_way_to_the_canvas(tmp_path):
+  jpegs = data.make_jpegs("", 2)
+  (tmp_path / "a.jpg").write_bytes(jpegs[0])
+  rows = [
+    *data.measure_parts(jpegs, 224, seconds=0.01),
+    *data.measure_peers(tmp_path, 224, 0.01, torch="", tensorflow=""),
+    *data.measure_memory(10),
+  ]
+  assert {tuple(row) for row in rows} == {("setting", "what", "per_s", "percent")}
+  what = {row["what"]: row for row in rows}
+  assert what[data.BARE]["percent"] == "100.0"
+  assert what["tf.data"]["per_s"] == "not run"
+  assert float(what["after 10 batches"]["per_s"].replace(",", "")) > 0

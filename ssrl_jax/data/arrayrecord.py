@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -67,21 +68,38 @@ class ArrayRecordSource:
     return len(self.labels)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    pictures, clip = self._record(i)["pictures"], self._record(i)["clip"]
+    return self._example(i, self._record(i))
+
+  def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+    return [self._example(i, r) for i, r in zip(positions, self._read(np.asarray(positions)))]
+
+  def _example(self, i: int, record: dict[str, Any]) -> dict[str, Any]:
+    pictures = record["pictures"]
     example = {"image": pictures[len(pictures) // 2], "label": int(self.labels[i])}
-    return example | {"frames": tuple(pictures)} if clip else example
+    return example | {"frames": tuple(pictures)} if record["clip"] else example
 
   def name(self, i: int) -> str:
     """What the example was called where it came from."""
     return os.fsdecode(self._record(i)["name"])
 
   def _record(self, i: int) -> dict[str, Any]:
-    k = int(np.searchsorted(self._ends, i, side="right"))
-    at = int(i - (self._ends[k - 1] if k else 0))
-    try:
-      return msgpack.unpackb(self._reader(k).read([at])[0])
-    except Exception as error:  # RuntimeError, ValueError or what msgpack raises on other bytes
-      raise DamagedImage(f"{self._shards[k]}, record {at}: {error}") from error
+    (record,) = self._read(np.array([i]))
+    return record
+
+  def _read(self, position_N: np.ndarray) -> list[dict[str, Any]]:
+    """Records, those of a shard in one call: one by one would cost more than small pictures do."""
+    shard_N = np.searchsorted(self._ends, position_N, side="right")
+    at_N = position_N - np.concatenate([[0], self._ends])[shard_N]
+    records: dict[int, dict[str, Any]] = {}
+    for k in np.unique(shard_N).tolist():
+      mine = np.flatnonzero(shard_N == k)
+      try:
+        for j, record in zip(mine.tolist(), self._reader(k).read(at_N[mine].tolist())):
+          records[j] = msgpack.unpackb(record)
+      except Exception as error:  # RuntimeError, ValueError or what msgpack raises on other bytes
+        which = f"record {at_N[mine][0]}" if len(mine) == 1 else "one of several records"
+        raise DamagedImage(f"{self._shards[k]}, {which}: {error}") from error
+    return [records[j] for j in range(len(position_N))]
 
   def _reader(self, k: int) -> ArrayRecordReader:
     with self._lock:  # opened in the process that reads

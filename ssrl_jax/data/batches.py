@@ -69,8 +69,6 @@ class Batches(Iterator[Batch]):
       raise StopIteration
     batch = self._next()
     self._done, self._deaths = self._done + 1, 0
-    # Workers send arrays in shared memory that is unmapped with the array, even if views remain.
-    batch = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
     for i in position(batch["id"][batch["substituted"]]).tolist():
       self.damage(i)
     return batch
@@ -138,7 +136,13 @@ def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
   if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers)
-  return dataset.mp_prefetch(options, worker_init_fn=_depend_on_parent)
+  dataset = dataset.mp_prefetch(options, worker_init_fn=_depend_on_parent).map(_owned)
+  return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+
+
+def _owned(batch: Batch) -> Batch:
+  """Workers send arrays in shared memory that is unmapped with the array, even if views remain."""
+  return {k: np.array(v) for k, v in batch.items()}
 
 
 def _depend_on_parent(worker: int, num_workers: int) -> None:

@@ -3,14 +3,21 @@
 A picture larger than the canvas is shrunk, its aspect ratio kept, until its longer side fits; a
 smaller one is left as it is. Everything that would reach training as silent nonsense is handled or
 refused here: see `decode`.
+
+Pillow reads every header and is the judge of what is damaged; a sound JPEG's pixels come from
+libjpeg-turbo itself (the same pixels, without Pillow's own copies of them), and kornia-rs shrinks
+with Pillow's antialiased bicubic filter in half of Pillow's time: benchmarks/data.py.
 """
 
 from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
+import simplejpeg
+from kornia_rs import imgproc
 from PIL import Image, ImageChops
 
 # Only formats that Pillow decodes by itself: a file may not choose to be, say, PostScript, for
@@ -26,13 +33,13 @@ MAX_PIXELS_PER_BYTE = 10_000
 
 _ORIENTATION = 0x0112  # EXIF tag; value -> what turns the stored picture upright
 _UPRIGHT = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.swapaxes(0, 1),
+  6: lambda x: np.rot90(x, -1),
+  7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+  8: np.rot90,
 }
 
 Picture = bytes | str | os.PathLike | Image.Image | np.ndarray
@@ -61,11 +68,21 @@ def decode(image: Picture, *, canvas: int) -> tuple[np.ndarray, np.ndarray]:
     DamagedImage: truncated, empty, not a picture, values out of range, more than Pillow's limit of
       179 million pixels, or more than MAX_PIXELS_PER_BYTE.
   """
-  pixels = decode_pixels(image, canvas)
+  placed = np.empty((canvas, canvas, 3), np.uint8)
+  return placed, np.array(decode_onto(placed, image), np.int32)
+
+
+def decode_onto(placed: np.ndarray, image: Picture) -> tuple[int, int]:
+  """`decode` into `placed` uint8 [S, S, 3], all of which is written; returns height and width.
+
+  If it raises, nothing is written.
+  """
+  pixels = decode_pixels(image, len(placed))
   height, width = pixels.shape[:2]
-  placed = np.zeros((canvas, canvas, 3), np.uint8)
   placed[:height, :width] = pixels
-  return placed, np.array([height, width], np.int32)
+  placed[height:] = 0
+  placed[:height, width:] = 0
+  return height, width
 
 
 def decode_pixels(image: Picture, longer: int) -> np.ndarray:
@@ -73,7 +90,7 @@ def decode_pixels(image: Picture, longer: int) -> np.ndarray:
   if isinstance(image, np.ndarray):
     return _decode_array(image, longer)
   if isinstance(image, bytes | str | os.PathLike | Image.Image):
-    return np.asarray(_decode_picture(image, longer))
+    return _decode_picture(image, longer)
   raise TypeError(f"image is a {type(image).__name__}; expected bytes, path, PIL image or array")
 
 
@@ -99,20 +116,17 @@ def _decode_array(pixels: np.ndarray, canvas: int) -> np.ndarray:
     raise DamagedImage(f"array of shape {pixels.shape} has no pixels")
   if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
     pixels = np.asarray(_array_to_rgb(pixels))
-  size = (pixels.shape[1], pixels.shape[0])
-  if max(size) > canvas:
-    pixels = np.asarray(_resize(Image.fromarray(pixels), fit(*size, canvas)))
-  return pixels
+  return _shrink(pixels, fit(pixels.shape[1], pixels.shape[0], canvas))
 
 
-def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int) -> Image.Image:
+def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int) -> np.ndarray:
   try:
     if isinstance(image, Image.Image):
-      return _upright_rgb(image.copy(), canvas)
-    file = io.BytesIO(image) if isinstance(image, bytes) else image
-    with Image.open(file, formats=FORMATS) as im:
-      _check_claim(im.size, len(image) if isinstance(image, bytes) else os.path.getsize(image))
-      return _upright_rgb(im, canvas)
+      return _upright_rgb(image.copy(), b"", canvas)
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    with Image.open(io.BytesIO(data), formats=FORMATS) as im:
+      _check_claim(im.size, len(data))
+      return _upright_rgb(im, data, canvas)
   except MemoryError:
     raise
   except Exception as e:
@@ -135,18 +149,31 @@ def _name(image: bytes | str | os.PathLike | Image.Image) -> str:
   return os.fspath(image)
 
 
-def _upright_rgb(im: Image.Image, canvas: int) -> Image.Image:
-  """Decodes, turns and shrinks. JPEG: at 1/2, 1/4 or 1/8, not below twice the final size."""
+def _upright_rgb(im: Image.Image, data: bytes, canvas: int) -> np.ndarray:
+  """Decodes, shrinks and turns an image that was opened from `data`."""
+  pixels = _sound_jpeg(im, data, canvas)
+  if pixels is None:
+    im.load()
+    pixels = np.asarray(_to_rgb(im))
+  size, turn = fit(*im.size, canvas), orientation(im)  # after loading, which turns TIFF itself
+  pixels = _shrink(pixels, size)
+  return _UPRIGHT[turn](pixels) if turn in _UPRIGHT else pixels
+
+
+def _sound_jpeg(im: Image.Image, data: bytes, canvas: int) -> np.ndarray | None:
+  """RGB of a grey or YCbCr JPEG without the least fault, at a scale not below twice the final size.
+
+  None: anything else, which Pillow decodes or refuses. So the decoder changes no verdict.
+  """
+  if im.format != "JPEG" or im.mode not in ("L", "RGB"):
+    return None
   width, height = fit(*im.size, canvas)
-  drafted = im.draft(im.mode, (2 * width, 2 * height))
-  im.load()
-  turn = orientation(im)  # after loading, in which Pillow turns TIFF itself
-  rgb = _to_rgb(im)
-  if turn in _UPRIGHT:
-    rgb = rgb.transpose(_UPRIGHT[turn])
-  if not drafted:
-    return _resize(rgb, fit(*rgb.size, canvas))
-  return _resize(rgb, (height, width) if turn >= 5 else (width, height))
+  try:  # scales above 1/2 would be slower than the whole picture
+    return simplejpeg.decode_jpeg(
+      data, min_height=2 * height, min_width=2 * width, min_factor=2, strict=True
+    )
+  except ValueError:
+    return None
 
 
 def orientation(im: Image.Image) -> int:
@@ -197,8 +224,8 @@ def _on_grey(rgba: Image.Image) -> Image.Image:
   return Image.alpha_composite(background, rgba).convert("RGB")
 
 
-def _resize(im: Image.Image, size: tuple[int, int]) -> Image.Image:
-  """Antialiased; a far larger picture is first reduced by whole numbers, as Pillow's thumbnail."""
-  if im.size == size:
-    return im
-  return im.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+def _shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """uint8 [H, W, 3] to `size` (width, height), antialiased bicubic."""
+  if (pixels.shape[1], pixels.shape[0]) == size:
+    return pixels
+  return imgproc.resize(np.ascontiguousarray(pixels), (size[1], size[0]), "bicubic")

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
-from ssrl_jax.data.decode import DamagedImage, Picture, decode
+from ssrl_jax.data.decode import DamagedImage, Picture, decode_onto
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
 from ssrl_jax.data.sources import Source, check_frames
 
+Example = dict[str, Any]  # what a source gives
 ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
 
 MAX_DAMAGED = 100  # so many unreadable pictures in a row mean that the set, not a file, is broken
@@ -46,6 +47,7 @@ def train_batches(
   sampling: Sampling | None = None,
   frames: int = 1,
   frame_span: int = 0,
+  resident: np.ndarray | None = None,
 ) -> Batches:
   """Endless batches of this process, the first being that of the update after `start_step`.
 
@@ -66,6 +68,8 @@ def train_batches(
     sampling: how often each example is drawn in an epoch of len(source) draws; None: once.
     frames: F, drawn anew in each epoch of each clip; for still pictures 1.
     frame_span: from a random window of so many of the clip's frames; 0: from all.
+    resident: bool [N], which examples are substituted, where the pictures are on the devices
+      already (data/resident.py): nothing is read, and batches have only "id" and "substituted".
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], or [b, F, S, S, 3] with more than one frame,
@@ -79,7 +83,29 @@ def train_batches(
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
   drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
+  if resident is not None:
+    return Batches(drawn[start_step:], functools.partial(_known, resident), reader)
   return Batches(drawn[start_step:], reader.train, reader, workers=workers)
+
+
+def _known(substituted: np.ndarray, epochs_and_ids: tuple[np.ndarray, np.ndarray]) -> Batch:
+  _, ids = epochs_and_ids
+  return {"id": ids, "substituted": substituted[position(ids)]}
+
+
+def each_as_trained(
+  source: Source, *, canvas: int, workers: int, threads: int, batch_size: int = 256
+) -> Iterator[Batch]:
+  """Every still picture once, in the order of the source, as training sees it: with substitutes."""
+  reader, n = _Reader(source, canvas, threads), len(source)
+  ids = grain.MapDataset.range(-(-n // batch_size)).map(
+    lambda k: np.arange(k * batch_size, min(n, (k + 1) * batch_size))
+  )
+  batches = Batches(ids, lambda i: reader.train((np.zeros_like(i), i)), reader, workers=workers)
+  try:
+    yield from batches
+  finally:
+    batches.close()
 
 
 def epochs_and_ids(
@@ -205,7 +231,7 @@ class _Reader:
       example = self.source[i]
       frames = example.get("frames", (example["image"],))
       for frame in frames:
-        self._decode((frames[0], frame))
+        self._decode(np.empty((2, self._canvas, self._canvas, 3), np.uint8), (frames[0], frame))
     except DamagedImage as e:
       return damage_of(frame, str(e))
     return damage_of(example["image"], "could not be read at first, and now can")
@@ -219,25 +245,36 @@ class _Reader:
       "id": np.asarray(ids, np.int64),
       "substituted": np.zeros(n, bool),
     }
+    put = functools.partial(put, batch, self._read_together(batch["id"]))
     if self._threads == 1:
-      put(batch, range(n))
+      put(range(n))
       return batch
     if self._pool is None:
       self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
     # A few runs of places for each thread: one by one would cost more than small pictures do.
     runs = np.array_split(np.arange(n), min(n, 4 * self._threads))
-    for done in [self._pool.submit(put, batch, run.tolist()) for run in runs]:
+    for done in [self._pool.submit(put, run.tolist()) for run in runs]:
       done.result()
     return batch
 
-  def _put_substitute(self, epochs: np.ndarray, batch: Batch, places) -> None:
+  def _read_together(self, ids: np.ndarray) -> dict[int, Example]:
+    """{position: example} of a source that reads many at once faster; of others nothing."""
+    if not hasattr(self.source, "__getitems__"):
+      return {}
+    positions = np.unique(position(ids[ids != PADDING])).tolist()
+    try:
+      return dict(zip(positions, self.source.__getitems__(positions)))
+    except DamagedImage:  # which one, reading them by themselves will tell
+      return {}
+
+  def _put_substitute(self, epochs: np.ndarray, batch: Batch, read, places) -> None:
     for j in places:
       example_id = int(batch["id"][j])
       chosen = functools.partial(self._draw_frames, epoch=int(epochs[j]), example_id=example_id)
       first = int(position(example_id))
       for i in range(first, first + MAX_DAMAGED):
         try:
-          self._put(batch, j, i % len(self.source), chosen)
+          self._put(batch, j, i % len(self.source), read, chosen)
           break
         except DamagedImage as e:
           batch["substituted"][j], error = True, e
@@ -247,39 +284,46 @@ class _Reader:
           f"repair the set; the last: {error}"
         )
 
-  def _put_or_mark(self, batch: Batch, places) -> None:
+  def _put_or_mark(self, batch: Batch, read, places) -> None:
     for j in places:
       i = int(batch["id"][j])
       if i == PADDING:
         continue
       try:
-        self._put(batch, j, i)
+        self._put(batch, j, i, read)
       except DamagedImage:
         batch["substituted"][j] = True
 
-  def _put(self, batch: Batch, j: int, i: int, chosen: ChooseFrames | None = None) -> None:
+  def _put(
+    self,
+    batch: Batch,
+    j: int,
+    i: int,
+    read: dict[int, Example],
+    chosen: ChooseFrames | None = None,
+  ) -> None:
     """Example `i` to place `j`; of a clip the `chosen` frames, or the middle one."""
-    example = self.source[i]
+    example = read.get(i) or self.source[i]
     label, classes = example["label"], self.source.num_classes
     if label < -1 or (classes is not None and label >= classes):
       raise ValueError(
         f"example {i} of {self.source!r} has label {label}; expected 0 to num_classes - 1, or -1 "
         "for unknown; correct the source's labels or its num_classes"
       )
-    pictures = [example["image"]]
+    pictures, canvases = [example["image"]], batch["image"][j]
     if chosen and "frames" in example:
       pictures = [example["frames"][k] for k in chosen(len(example["frames"]))]
-    images, extent = self._decode(pictures)
-    batch["image"][j] = images[0] if batch["image"].ndim == 4 else images
-    batch["extent"][j], batch["label"][j] = extent, label
+    if canvases.ndim == 3:
+      canvases = canvases[None]
+    batch["extent"][j], batch["label"][j] = self._decode(canvases, pictures), label
 
-  def _decode(self, pictures: Sequence[Picture]) -> tuple[Sequence[np.ndarray], np.ndarray]:
-    """Pictures on canvases, and the extent that they share."""
-    images, extents = zip(*[decode(picture, canvas=self._canvas) for picture in pictures])
+  def _decode(self, canvases: np.ndarray, pictures: Sequence[Picture]) -> tuple[int, int]:
+    """Pictures onto canvases uint8 [F, S, S, 3]; returns the extent that they share."""
+    extents = [decode_onto(canvas, picture) for canvas, picture in zip(canvases, pictures)]
     for picture, extent in zip(pictures, extents):
-      if (extent != extents[0]).any():
+      if extent != extents[0]:
         raise DamagedImage(
           f"{picture} is {extent[0]}x{extent[1]} pixels on the canvas, and another frame of its "
           f"clip, {pictures[0]}, {extents[0][0]}x{extents[0][1]}"
         )
-    return images, extents[0]
+    return extents[0]

@@ -25,7 +25,9 @@ _NUM_SCENES = {"train": 8192, "test": 2048}  # of digit_scenes, unless a limit s
 class Source(Protocol):
   """Pictures by position. Picklable, since worker processes read it, with a stable repr.
 
-  Where all labels are known without reading pictures there is also `labels`, int32 [N].
+  Where all labels are known without reading pictures there is also `labels`, int32 [N]. A source
+  that reads many at once faster has __getitems__(positions) -> list of examples, too; it may raise
+  DamagedImage for all where one is damaged, and they are then read one by one.
   """
 
   num_classes: int | None  # None: no labels

@@ -35,7 +35,12 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    record = self._records[i]
+    return self._example(self._records[i])
+
+  def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+    return [self._example(record) for record in self._records.__getitems__(positions)]
+
+  def _example(self, record: dict[str, Any]) -> dict[str, Any]:
     return {"image": record[self._image], "label": int(record[self._label]) if self._label else -1}
 
   def name(self, i: int) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssrl_jax.data.decode import GREY, DamagedImage, decode, fit
+from ssrl_jax.data import decode as module
+from ssrl_jax.data.decode import GREY, DamagedImage, decode, decode_onto, fit
 
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
 
@@ -288,3 +289,119 @@ def test_photographs_match_a_full_decode(data_dir):
       assert max(height, width) == min(48, max(full.size))
       difference = np.abs(image[:height, :width] - np.asarray(want, float)).mean()
       assert difference < 2.5, name
+
+
+# Sound JPEGs skip Pillow's decoder; all rules must be those of the Pillow path.
+
+
+def scene(height, width, scale=1):
+  """Smooth colours, an edge and a little noise."""
+  rng = np.random.default_rng(0)
+  y, x = np.mgrid[:height, :width] / scale
+  waves = [128 + 70 * np.sin(x / a + y / b) for a, b in ((5, 9), (8, 6), (11, 7))]
+  pixels = np.stack(waves, -1) + 60 * (x > width // 2 / scale)[..., None]
+  return np.clip(pixels + rng.normal(0, 5, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def pillow_alone(monkeypatch, image, canvas):
+  with monkeypatch.context() as patch:
+    patch.setattr(module, "_sound_jpeg", lambda *_: None)
+    return decode(image, canvas=canvas)
+
+
+@pytest.fixture
+def turbo(monkeypatch):
+  """Whether libjpeg-turbo decoded each picture so far."""
+  decoder, used = module._sound_jpeg, []
+
+  def spy(*arguments):
+    pixels = decoder(*arguments)
+    used.append(pixels is not None)
+    return pixels
+
+  monkeypatch.setattr(module, "_sound_jpeg", spy)
+  return used
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (37, 1), (16, 16), (33, 47), (95, 130)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_turbo_gives_the_pixels_of_pillow(size, options, turbo, monkeypatch):
+  for mode, subsampling in (("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0)):
+    im = Image.fromarray(scene(*size)).convert(mode)
+    data = encoded(im, "JPEG", quality=90, subsampling=subsampling, **options)
+    for canvas in (130, 33):
+      got, extent = decode(data, canvas=canvas)
+      want, want_extent = pillow_alone(monkeypatch, data, canvas)
+      np.testing.assert_array_equal(extent, want_extent)
+      assert np.abs(got.astype(int) - want).max() <= 1
+  assert all(turbo)
+
+
+@pytest.mark.parametrize("size", [(320, 480), (301, 487)])
+@pytest.mark.parametrize("canvas", [120, 80, 30])
+def test_decoding_at_a_scale_is_close_to_the_whole_picture(size, canvas, turbo, monkeypatch):
+  for subsampling in (0, 2):
+    data = encoded(Image.fromarray(scene(*size, 8)), "JPEG", quality=95, subsampling=subsampling)
+    got, extent = decode(data, canvas=canvas)
+    want, _ = pillow_alone(monkeypatch, data, canvas)
+    assert np.abs(got.astype(int) - want)[: extent[0], : extent[1]].mean() <= 2
+  assert all(turbo)
+
+
+@pytest.mark.parametrize("value", UPRIGHT)
+@pytest.mark.parametrize("canvas", [240, 80, 40])
+def test_turbo_turns_as_pillow_does(value, canvas, turbo, monkeypatch):
+  exif = Image.Exif()
+  exif[0x0112] = value
+  data = encoded(Image.fromarray(blocks(160, 240)), "JPEG", exif=exif, quality=95)
+  got, extent = decode(data, canvas=canvas)
+  want, want_extent = pillow_alone(monkeypatch, data, canvas)
+  np.testing.assert_array_equal(extent, want_extent)
+  assert np.abs(got.astype(int) - want).mean() <= 1
+  assert turbo == [True]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGB"])
+def test_four_colours_and_other_formats_are_left_to_pillow(mode, turbo):
+  decode(encoded(Image.new(mode, (9, 9)), "JPEG" if mode == "CMYK" else "PNG"), canvas=32)
+  assert turbo == [False]
+
+
+def test_turbo_and_pillow_judge_damage_alike(turbo, monkeypatch):
+  data = encoded(Image.fromarray(scene(40, 56)), "JPEG", quality=80)
+  rng, verdicts = np.random.default_rng(0), []
+  for _ in range(300):
+    damaged = bytearray(data[: len(data) - max(0, rng.integers(-200, 50))])
+    for place in rng.integers(0, len(damaged), rng.integers(0, 3)):
+      damaged[place] = rng.integers(256)
+    damaged = bytes(damaged)
+    try:
+      want, _ = pillow_alone(monkeypatch, damaged, 32)
+    except DamagedImage:
+      verdicts.append(False)
+      with pytest.raises(DamagedImage):
+        decode(damaged, canvas=32)
+    else:
+      verdicts.append(True)
+      assert np.abs(decode(damaged, canvas=32)[0].astype(int) - want).max() <= 1
+  assert 20 < sum(verdicts) < 280
+  assert any(turbo)
+
+
+@pytest.mark.parametrize(("size", "canvas"), [((90, 120), 64), ((90, 120), 50), ((64, 9), 20)])
+def test_shrinking_is_pillows_bicubic(size, canvas):
+  pixels = scene(*size)
+  got = shown(pixels, canvas=canvas)
+  want = Image.fromarray(pixels).resize(fit(size[1], size[0], canvas), Image.Resampling.BICUBIC)
+  difference = np.abs(got - np.asarray(want, int))
+  assert difference.max() <= 8
+  assert difference.mean() <= 0.6
+
+
+def test_decoding_onto_a_used_canvas_writes_all_of_it_or_nothing():
+  placed = np.full((32, 32, 3), 77, np.uint8)
+  with pytest.raises(DamagedImage):
+    decode_onto(placed, b"")
+  assert (placed == 77).all()
+  assert decode_onto(placed, blocks()) == (16, 24)
+  np.testing.assert_array_equal(placed, decode(blocks(), canvas=32)[0])

@@ -419,3 +419,20 @@ def test_reader_goes_to_workers_without_its_threads():
   got = pickle.loads(pickle.dumps(reader)).train((np.zeros(8, int), np.arange(8)))
   assert_same([got], [want])
   reader.close()
+
+
+class Together(Greys):
+  """Reads many at once."""
+
+  def __getitems__(self, positions):
+    self.asked = getattr(self, "asked", 0) + 1
+    return [self[i] for i in positions]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_together_changes_no_batch(threads):
+  source, damaged = Together(20, damaged={0, 7}), {0, 7}
+  options = {"sampling": UNEVEN, "threads": threads}
+  assert_same(take(source, 5, **options), take(Greys(20, damaged), 5, **options))
+  assert_same(evaluate(source, batch_size=8), evaluate(Greys(20, damaged), batch_size=8))
+  assert 5 + 3 <= source.asked <= 5 + 3 + 3  # once a batch; some are read ahead
