@@ -10,7 +10,6 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ssrl_jax import parallel
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
 from ssrl_jax.flops import PEAK_FLOPS
 from ssrl_jax.optim import describe_groups
@@ -83,7 +82,8 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   cut = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
   say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   say(describe_groups(state.params) + "\n")
-  say(f"mesh              {n} device(s) on axis {parallel.DATA!r}; fsdp {config.mesh.fsdp}")
+  axes = ", ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
+  say(f"mesh              {n} device(s): {axes}")
   for name, x in batch.items():
     shard = x.sharding.shard_shape(x.shape)
     say(f"batch/{name:<11} {x.dtype}{list(x.shape)}, on each device {list(shard)}")
