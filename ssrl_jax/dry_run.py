@@ -29,6 +29,13 @@ def array_bytes(tree: Any, *, per_device: bool) -> int:
   return sum(one(x) for x in jax.tree.leaves(tree))
 
 
+def compiled_memory(compiled: Any) -> int:
+  """Bytes that a compiled step takes on each device: state, batch, results and what is between."""
+  memory = compiled.memory_analysis()
+  total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return total - memory.alias_size_in_bytes
+
+
 def activation_bytes(experiment: Experiment) -> int:
   """Bytes that the backward pass of one step keeps, over all devices, parameters left out.
 

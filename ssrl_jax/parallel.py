@@ -7,10 +7,13 @@ view of every array. Means over the batch are means over the global batch.
 from __future__ import annotations
 
 import collections
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,7 +26,13 @@ def start(multihost: bool) -> None:
     jax.distributed.initialize()
 
 
-def make_mesh(num_devices: int = 0, *, slices: int = 0, fsdp: int = 1) -> Mesh:
+def make_mesh(
+  num_devices: int = 0,
+  *,
+  slices: int = 0,
+  fsdp: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
   """A mesh [slices, data, fsdp] over the first `num_devices` devices of all processes (0: all).
 
   A slice is what one fast network joins: the devices of a TPU slice, of a GPU host or NVLink
@@ -32,8 +41,9 @@ def make_mesh(num_devices: int = 0, *, slices: int = 0, fsdp: int = 1) -> Mesh:
   Args:
     slices: how many; 0: as many as the devices say that they belong to.
     fsdp: devices over which an array of the state is cut; 1: none is, 0: all of a slice.
+    devices: to choose from; None: those that are there.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   if not 0 <= num_devices <= len(devices):
     raise ValueError(
       f"mesh.devices is {num_devices}, but {len(devices)} devices are present; 0 = all"
@@ -51,7 +61,17 @@ def make_mesh(num_devices: int = 0, *, slices: int = 0, fsdp: int = 1) -> Mesh:
   return Mesh(np.array(order), AXES)
 
 
-def _slices(devices: list[Any], num_slices: int) -> list[list[Any]]:
+def described_tpus(topology: str, num_slices: int = 1) -> list[Any]:
+  """The devices of `num_slices` TPU slices such as "v5e:2x4" that are not there.
+
+  A program can be compiled for them and not run. Needs the extra `tpu` (libtpu), and no TPU.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine in the cloud to ask
+  options = {"num_slices": num_slices} if num_slices > 1 else {}
+  return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+
+
+def _slices(devices: Sequence[Any], num_slices: int) -> list[list[Any]]:
   """The devices of each slice, equally many; 0 slices: those that the devices name."""
   index = lambda device: getattr(device, "slice_index", None) or 0  # noqa: E731
   sizes = sorted(collections.Counter(map(index, devices)).values())

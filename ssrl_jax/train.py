@@ -116,7 +116,9 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
   return train_step
 
 
-def compile_step(experiment: Experiment, state: TrainState) -> Callable:
+def compile_step(
+  experiment: Experiment, state: TrainState, *, compiler_options: dict[str, Any] | None = None
+) -> Callable:
   """The compiled, donating step: (state, batch) -> state, metrics; `state` may be abstract."""
   step = make_train_step(experiment)
 
@@ -129,6 +131,7 @@ def compile_step(experiment: Experiment, state: TrainState) -> Callable:
     watched_step,
     donate_argnums=0,
     out_shardings=(shardings, parallel.replicated(experiment.mesh)),
+    compiler_options=compiler_options,
   )
   return compiled.lower(state, abstract_batch(experiment)).compile()
 
