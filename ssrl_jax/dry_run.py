@@ -10,10 +10,12 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from ssrl_jax import parallel
+from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
 from ssrl_jax.flops import PEAK_FLOPS
 from ssrl_jax.optim import describe_groups
-from ssrl_jax.train import abstract_views, flops_per_step, num_parameters
+from ssrl_jax.train import abstract_views, compile_step, flops_per_step, num_parameters
 
 ASSUMED_MFU = 0.2  # of the estimated device-hours: good for a ResNet-50; a ViT reaches twice that
 REFERENCE_DEVICE = "NVIDIA H200"
@@ -80,7 +82,20 @@ def cost(experiment: Experiment) -> Cost:
   return Cost(experiment.total_steps, flops, hours)
 
 
-def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
+def say_compiled(experiment: Experiment, *, say: Callable[[str], None]) -> None:
+  """Prints what the compiled step takes on each device, and what it sends from each."""
+  compiled = compile_step(experiment, abstract_state(experiment))
+  say(f"compiled memory   {compiled_memory(compiled) / 2**20:,.0f} MiB a device, for this backend")
+  found = collectives(compiled.as_text())
+  slice_size = experiment.mesh.size // experiment.mesh.shape[parallel.SLICE]
+  crossing = [c for c in found if c.crosses(slice_size)]
+  for name, some in (("sent a step", found), ("between slices", crossing)):
+    kinds = ", ".join(f"{kind} {sent / 2**20:,.3g}" for kind, sent in summary(some).items())
+    total = sum(c.sent for c in some) / 2**20
+    say(f"{name:<17} {total:,.3g} MiB from each device{f': {kinds}' if kinds else ''}")
+
+
+def dry_run(config: ConfigDict, *, say: Callable[[str], None], compile_too: bool = False) -> None:
   """Prints the parameter table, shapes, shardings, memory, FLOPs and estimated device-hours."""
   experiment = assumed_experiment(config)
   state, batch = abstract_state(experiment), abstract_batch(experiment)
@@ -103,6 +118,8 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   say(f"batch memory      {array_bytes(batch, per_device=True) / mib:,.0f} MiB a device")
   activations = activation_bytes(experiment) / n / mib
   say(f"activations       {activations:,.0f} MiB a device at most, before the compiler fuses")
+  if compile_too:
+    say_compiled(experiment, say=say)
   found = cost(experiment)
   say(f"steps             {experiment.total_steps:,} ({experiment.steps_per_epoch:,} an epoch)")
   each, hours = found.flops_per_step, found.device_hours
