@@ -23,26 +23,28 @@ from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, buil
 from ssrl_jax.methods import METHODS
 from ssrl_jax.train import compile_step, make_train_step
 
-# What a loss needs of the whole batch, as floats of (B images, V global views, M = config.method):
-# gathered or scattered once, and summed over devices. A method that is not here needs nothing.
+# What a loss needs of the whole batch, as floats of (B images, V global views, M = config.method, E
+# embeddings of a view): gathered or scattered once, and summed. What is not here needs nothing.
 MOVED = {
-  **dict.fromkeys(("simclr", "dcl", "supcon"), lambda b, v, m: 4 * b * m["out_dim"]),
-  **dict.fromkeys(("moco_v2", "finegrained"), lambda b, v, m: b * m["out_dim"]),
-  "densecl": lambda b, v, m: 2 * b * m["out_dim"],  # two queues
-  "moco_v3": lambda b, v, m: 2 * b * m["out_dim"],  # no gradient into keys
-  "nnclr": lambda b, v, m: 5 * b * m["out_dim"],  # predictions, their gradient, the queue
-  "w_mse": lambda b, v, m: 2 * v * b * m["out_dim"],
-  "swav": lambda b, v, m: 2 * b * m["out_dim"] * (m["queue_size"] > 0),
-  "hybrid": lambda b, v, m: MOVED["simclr"](b, v, m["options"]["simclr"]),
+  **dict.fromkeys(("simclr", "dcl", "supcon"), lambda b, v, m, e: 4 * b * m["out_dim"]),
+  **dict.fromkeys(("moco_v2", "finegrained"), lambda b, v, m, e: b * m["out_dim"]),
+  "densecl": lambda b, v, m, e: 2 * b * m["out_dim"],  # two queues
+  "moco_v3": lambda b, v, m, e: 2 * b * m["out_dim"],  # no gradient into keys
+  "nnclr": lambda b, v, m, e: 5 * b * m["out_dim"],  # predictions, their gradient, the queue
+  "w_mse": lambda b, v, m, e: 2 * v * b * m["out_dim"],
+  "swav": lambda b, v, m, e: 2 * b * m["out_dim"] * (m["queue_size"] > 0),
+  "hybrid": lambda b, v, m, e: MOVED["simclr"](b, v, m["options"]["simclr"], e),
 }
 SUMMED = {
-  "barlow_twins": lambda b, v, m: m["out_dim"] ** 2,
-  **dict.fromkeys(("vicreg", "vicregl"), lambda b, v, m: v * m["out_dim"] ** 2),
-  "swav": lambda b, v, m: 2 * m["num_prototypes"] * m["iterations"] * (1 + (m["queue_size"] > 0)),
-  "dino": lambda b, v, m: m["num_prototypes"],
-  "ibot": lambda b, v, m: 2 * m["num_prototypes"],
-  "fusion": lambda b, v, m: v * min(b, m["out_dim"]) ** 2,
-  "hybrid": lambda b, v, m: SUMMED["vicreg"](b, v, m["options"]["vicreg"]),
+  "barlow_twins": lambda b, v, m, e: m["out_dim"] ** 2,
+  **dict.fromkeys(("vicreg", "vicregl"), lambda b, v, m, e: v * m["out_dim"] ** 2),
+  "swav": lambda b, v, m, e: (
+    2 * m["num_prototypes"] * m["iterations"] * (1 + (m["queue_size"] > 0))
+  ),
+  "dino": lambda b, v, m, e: m["num_prototypes"],
+  "ibot": lambda b, v, m, e: 2 * m["num_prototypes"],
+  "fusion": lambda b, v, m, e: v * e * m["out_dim"] ** 2,  # for batches above out_dim
+  "hybrid": lambda b, v, m, e: SUMMED["vicreg"](b, v, m["options"]["vicreg"], e),
 }
 
 
@@ -74,8 +76,9 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   )
   p = watched["3_embeddings"].shape[-1]
   name, options = config.method.name, config.method.to_dict()
-  moved = MOVED.get(name, lambda *_: 0)(b, v, options)
-  summed = SUMMED.get(name, lambda *_: 0)(b, v, options)
+  e = sum(part.startswith("projector_") for part in state.params) or 1
+  moved = MOVED.get(name, lambda *_: 0)(b, v, options, e)
+  summed = SUMMED.get(name, lambda *_: 0)(b, v, options, e)
   return {
     "gradients": sum(gradient(x) for x in jax.tree.leaves(trained)),
     "moments": 2 * around(n) * (2 * passes * online + target),
@@ -86,7 +89,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
 
 
 def measure(config) -> dict[str, Any]:
-  experiment = build(config, num_examples=128, num_classes=10)
+  experiment = build(config, num_examples=config.batch_size * 10, num_classes=10)
   start, least = time.perf_counter(), least_sent(experiment)
   compiled = compile_step(
     experiment, abstract_state(experiment), compiler_options=parallel.quick_compile()
@@ -112,9 +115,9 @@ def measure(config) -> dict[str, Any]:
 
 
 def small_config(method: str):
-  """The smoke recipe, a picture of each device's own, without the colours that compile slowly."""
+  """The smoke recipe, without the colours that compile slowly; the batch exceeds every width."""
   c = smoke.get_config(method)
-  c.batch_size, c.mesh.devices = 16, 8
+  c.batch_size, c.mesh.devices = 256, 8
   c.global_views.update({"jitter": 0.0, "greyscale": 0.0})
   return c
 
