@@ -88,7 +88,7 @@ def trace(method: str, encoder: str) -> Work:
     whole = {k: v / (7 / 8) for k, v in least_sent(experiment).items()}  # of 8 devices
     found.append((flops_per_step(experiment), activation_bytes(experiment), whole))
   (f1, a1, w1), (f2, a2, w2) = found
-  square = (f2 / b2 - f1 / b1) / (b2 - b1)
+  square = max((f2 / b2 - f1 / b1) / (b2 - b1), 0)
   gathered = (w2["loss"] - w1["loss"]) / (b2 - b1)
   state = abstract_state(experiment)
   stats = state.method_state["batch_stats"]

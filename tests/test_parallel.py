@@ -1,4 +1,4 @@
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,10 @@ from jax.sharding import PartitionSpec
 
 from configs import smoke
 from ssrl_jax import parallel
+from ssrl_jax.checkpoint import Checkpoints, abstract
 from ssrl_jax.dry_run import array_bytes
 from ssrl_jax.experiment import abstract_state, build
+from ssrl_jax.state import TrainState, state_digest
 
 
 def test_mesh_takes_the_first_devices_or_all():
@@ -32,7 +34,8 @@ def test_config_chooses_slices_and_how_far_the_state_is_cut(options, shape):
   assert parallel.make_mesh(**options).devices.shape == shape
 
 
-class Named(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Named:
   """A device that says which slice it is in."""
 
   id: int
@@ -144,6 +147,31 @@ def test_cut_state_of_a_vit_takes_its_share_of_each_device():
   state = abstract_state(build(config, num_examples=128, num_classes=10))
   whole, each = (array_bytes(state, per_device=d) for d in (False, True))
   assert whole / 8 < each < 1.1 * whole / 8
+
+
+def test_checkpoint_goes_from_one_layout_to_another(tmp_path):
+  key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+  w = jax.random.normal(key, (16, 64))
+  whole = TrainState(step, {"w": w}, {"queue": w.T}, (w,), (), step, key)
+
+  def laid_out(slices, fsdp):
+    mesh = parallel.make_mesh(slices=slices, fsdp=fsdp)
+    return jax.device_put(whole, parallel.state_shardings(whole, mesh, min_size=8))
+
+  layouts = {shape: laid_out(*shape) for shape in ((1, 1), (2, 2), (1, 0))}
+  assert {str(s.params["w"].sharding.spec) for s in layouts.values()} == {
+    "PartitionSpec()",
+    "PartitionSpec(None, 'fsdp')",
+  }
+  for step, (name, state) in enumerate(layouts.items()):
+    checkpoints = Checkpoints(tmp_path / str(step), keep=1, keep_best=0)
+    checkpoints.save(state, step=step, score=0.0)
+    checkpoints.wait()
+    for target in layouts.values():
+      restored = checkpoints.restore(abstract(target))
+      assert restored.params["w"].sharding == target.params["w"].sharding
+      assert state_digest(restored) == state_digest(whole), name
+    checkpoints.close()
 
 
 def test_to_device_cuts_the_examples_in_order():
