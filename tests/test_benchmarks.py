@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import blocks, evaluate, step
+from benchmarks import blocks, evaluate, scaling, step
 from configs import digits
 
 
@@ -35,3 +35,13 @@ def test_evaluate_benchmark_measures_each_part():
     assert row["seconds"] > 0
     assert row["compile_s"] >= 0
     assert row["per_s"] > 0
+
+
+def test_scaling_model_charges_a_network_only_where_there_is_one():
+  work = scaling.Work((1e9, 0.0), 1e6, 1e9, 1e9, 1e5, 10, (0.0, 1e3))
+  chip = scaling.CHIPS["TPU v6e"]
+  alone, one_slice, two = (scaling.step_time(work, chip, n, 4096) for n in (1, 256, 512))
+  assert alone["step"] == max(alone["compute"], alone["memory"])
+  assert alone["norms"] == alone["loss"] == alone["gradients"] == 0
+  assert two["norms"] > one_slice["norms"] > 0
+  assert two["compute"] == pytest.approx(one_slice["compute"] / 2)
