@@ -113,7 +113,9 @@ def base_config(method: str) -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.devices = 0  # 0 = all
-  c.mesh.fsdp = False  # True: parameters and optimizer state are cut over the devices
+  c.mesh.slices = 0  # groups of devices with a slow network between them; 0 = as the devices say
+  c.mesh.fsdp = 1  # devices of a slice over which the state is cut; 1 = replicated, 0 = all
+  c.mesh.min_size = 2**16  # elements; smaller arrays of the state are never cut
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every_steps = 500  # and always at the end

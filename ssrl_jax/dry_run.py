@@ -11,10 +11,11 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ssrl_jax import parallel
+from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
 from ssrl_jax.flops import PEAK_FLOPS
 from ssrl_jax.optim import describe_groups
-from ssrl_jax.train import abstract_views, flops_per_step, num_parameters
+from ssrl_jax.train import abstract_views, compile_step, flops_per_step, num_parameters
 
 ASSUMED_MFU = 0.2  # of the estimated device-hours: good for a ResNet-50; a ViT reaches twice that
 REFERENCE_DEVICE = "NVIDIA H200"
@@ -28,6 +29,13 @@ def array_bytes(tree: Any, *, per_device: bool) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
   return sum(one(x) for x in jax.tree.leaves(tree))
+
+
+def compiled_memory(compiled: Any) -> int:
+  """Bytes that a compiled step takes on each device: state, batch, results and what is between."""
+  memory = compiled.memory_analysis()
+  total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return total - memory.alias_size_in_bytes
 
 
 def activation_bytes(experiment: Experiment) -> int:
@@ -74,7 +82,20 @@ def cost(experiment: Experiment) -> Cost:
   return Cost(experiment.total_steps, flops, hours)
 
 
-def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
+def say_compiled(experiment: Experiment, *, say: Callable[[str], None]) -> None:
+  """Prints what the compiled step takes on each device, and what it sends from each."""
+  compiled = compile_step(experiment, abstract_state(experiment))
+  say(f"compiled memory   {compiled_memory(compiled) / 2**20:,.0f} MiB a device, for this backend")
+  found = collectives(compiled.as_text())
+  slice_size = experiment.mesh.size // experiment.mesh.shape[parallel.SLICE]
+  crossing = [c for c in found if c.crosses(slice_size)]
+  for name, some in (("sent a step", found), ("between slices", crossing)):
+    kinds = ", ".join(f"{kind} {sent / 2**20:,.3g}" for kind, sent in summary(some).items())
+    total = sum(c.sent for c in some) / 2**20
+    say(f"{name:<17} {total:,.3g} MiB from each device{f': {kinds}' if kinds else ''}")
+
+
+def dry_run(config: ConfigDict, *, say: Callable[[str], None], compile_too: bool = False) -> None:
   """Prints the parameter table, shapes, shardings, memory, FLOPs and estimated device-hours."""
   experiment = assumed_experiment(config)
   state, batch = abstract_state(experiment), abstract_batch(experiment)
@@ -83,7 +104,8 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   cut = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
   say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   say(describe_groups(state.params) + "\n")
-  say(f"mesh              {n} device(s) on axis {parallel.DATA!r}; fsdp {config.mesh.fsdp}")
+  axes = ", ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
+  say(f"mesh              {n} device(s): {axes}")
   for name, x in batch.items():
     shard = x.sharding.shard_shape(x.shape)
     say(f"batch/{name:<11} {x.dtype}{list(x.shape)}, on each device {list(shard)}")
@@ -96,6 +118,8 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None]) -> None:
   say(f"batch memory      {array_bytes(batch, per_device=True) / mib:,.0f} MiB a device")
   activations = activation_bytes(experiment) / n / mib
   say(f"activations       {activations:,.0f} MiB a device at most, before the compiler fuses")
+  if compile_too:
+    say_compiled(experiment, say=say)
   found = cost(experiment)
   say(f"steps             {experiment.total_steps:,} ({experiment.steps_per_epoch:,} an epoch)")
   each, hours = found.flops_per_step, found.device_hours

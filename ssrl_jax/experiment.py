@@ -93,7 +93,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   Raises:
     ValueError: an unknown name, a batch that the devices cannot share, a set smaller than a batch.
   """
-  mesh = parallel.make_mesh(config.mesh.devices)
+  mesh = parallel.make_mesh(config.mesh.devices, slices=config.mesh.slices, fsdp=config.mesh.fsdp)
   batch_size = config.batch_size
   parallel.check_batch_size(batch_size, mesh)
   if num_examples < batch_size:
@@ -162,7 +162,9 @@ def abstract_state(experiment: Experiment) -> TrainState:
   """Shapes, types and shardings of the train state; nothing is computed."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   shapes = jax.eval_shape(lambda k: init_state(experiment, k), key)
-  shardings = parallel.state_shardings(shapes, experiment.mesh, fsdp=experiment.config.mesh.fsdp)
+  shardings = parallel.state_shardings(
+    shapes, experiment.mesh, min_size=experiment.config.mesh.min_size
+  )
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )

@@ -36,6 +36,9 @@ WORKDIR = flags.DEFINE_string(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run and what it costs; no data.")
 DEVICES = flags.DEFINE_integer("devices", 0, "With --dry_run: pretend to have this many devices.")
+COMPILE = flags.DEFINE_bool(
+  "compile", False, "With --dry_run: compile the step too; print its memory and what it sends."
+)
 ALLOW_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Continue a run although its config has changed."
 )
@@ -52,7 +55,7 @@ def run(argv: list[str]) -> int:
   parallel.start(MULTIHOST.value)
   say = print_line if jax.process_index() == 0 else lambda line: None
   if DRY_RUN.value:
-    dry_run(config, say=say)
+    dry_run(config, say=say, compile_too=COMPILE.value)
     return 0
 
   source = open_split(config, "train")

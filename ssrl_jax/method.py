@@ -276,8 +276,9 @@ def random_queue(key: Array, *shape: int) -> Array:
 
 def push(queue_QP: Array, newest_BP: Array) -> Array:
   """The queue without its oldest B rows and with the newest in front; Q is a multiple of B."""
-  rows = queue_QP.shape[0] - newest_BP.shape[0]
-  return jnp.concatenate([jax.lax.stop_gradient(newest_BP), queue_QP[:rows]])
+  # Not concatenated: the queue would be cut as the batch is, and sent around whole.
+  older_QP = jnp.roll(queue_QP, newest_BP.shape[0], axis=0)
+  return jax.lax.dynamic_update_slice(older_QP, jax.lax.stop_gradient(newest_BP), (0, 0))
 
 
 def linear_warmup(start: float, end: float, step: Array, num_steps: float) -> Array:

@@ -6,14 +6,18 @@ view of every array. Means over the batch are means over the global batch.
 
 from __future__ import annotations
 
+import collections
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import multihost_utils, topologies
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-DATA = "data"  # the mesh's only axis: examples, and with fsdp also parameters
+SLICE, DATA, FSDP = AXES = ("slice", "data", "fsdp")  # the mesh's axes, the slowest network first
 
 
 def start(multihost: bool) -> None:
@@ -22,14 +26,63 @@ def start(multihost: bool) -> None:
     jax.distributed.initialize()
 
 
-def make_mesh(num_devices: int = 0) -> Mesh:
-  """A mesh over the first `num_devices` devices of all processes (0: over all)."""
-  devices = jax.devices()
+def make_mesh(
+  num_devices: int = 0,
+  *,
+  slices: int = 0,
+  fsdp: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """A mesh [slices, data, fsdp] over the first `num_devices` devices of all processes (0: all).
+
+  A slice is what one fast network joins: the devices of a TPU slice, of a GPU host or NVLink
+  domain. The axis `fsdp` lies within a slice, so that gathering parameters never leaves it.
+
+  Args:
+    slices: how many; 0: as many as the devices say that they belong to.
+    fsdp: devices over which an array of the state is cut; 1: none is, 0: all of a slice.
+    devices: to choose from; None: those that are there.
+  """
+  devices = jax.devices() if devices is None else devices
   if not 0 <= num_devices <= len(devices):
     raise ValueError(
       f"mesh.devices is {num_devices}, but {len(devices)} devices are present; 0 = all"
     )
-  return Mesh(np.array(devices[: num_devices or None]), (DATA,))
+  groups = _slices(devices[: num_devices or None], slices)
+  size = len(groups[0])
+  if fsdp < 0 or size % (fsdp or size):
+    raise ValueError(
+      f"mesh.fsdp is {fsdp}, which does not divide the {size} devices of a slice; expected one of "
+      f"{[n for n in range(1, size + 1) if size % n == 0]}, or 0 = all of them"
+    )
+  shape = size // (fsdp or size), fsdp or size
+  # Neighbours of the mesh are neighbours of the network, whatever its form.
+  order = [create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
+  return Mesh(np.array(order), AXES)
+
+
+def described_tpus(topology: str, num_slices: int = 1) -> list[Any]:
+  """The devices of `num_slices` TPU slices such as "v5e:2x4" that are not there.
+
+  A program can be compiled for them and not run. Needs the extra `tpu` (libtpu), and no TPU.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine in the cloud to ask
+  options = {"num_slices": num_slices} if num_slices > 1 else {}
+  return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+
+
+def _slices(devices: Sequence[Any], num_slices: int) -> list[list[Any]]:
+  """The devices of each slice, equally many; 0 slices: those that the devices name."""
+  index = lambda device: getattr(device, "slice_index", None) or 0  # noqa: E731
+  sizes = sorted(collections.Counter(map(index, devices)).values())
+  n, count = len(devices), num_slices or len(sizes)
+  if num_slices < 0 or n % count or (not num_slices and sizes[0] != sizes[-1]):
+    raise ValueError(
+      f"mesh.slices is {num_slices}, but the {n} devices are in slices of {sizes}; expected a "
+      "number that divides them, or 0 = as many as the devices name, all of one size"
+    )
+  devices, size = sorted(devices, key=index), n // count
+  return [devices[i : i + size] for i in range(0, n, size)]
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -41,7 +94,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec(DATA))
+  return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def cut_rows(x: Any, mesh: Mesh | None) -> jax.Array:
@@ -61,20 +114,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh, *, fsdp: bool, min_size: int = 2**16) -> Any:
-  """A sharding for each array: replicated, or with `fsdp` cut along its longest divisible axis.
+def state_shardings(abstract_state: Any, mesh: Mesh, *, min_size: int) -> Any:
+  """A sharding for each array of the state: parameters, moments, targets and queues alike.
 
-  Arrays of fewer than `min_size` elements stay replicated: gathering them costs more than they do.
+  The rule: an array of at least `min_size` elements is cut along its longest axis that the mesh's
+  `fsdp` divides; any other is replicated (to gather a small one costs more than it takes).
   """
+  cuts = mesh.shape[FSDP]
 
   def rule(x):
-    axes = [i for i, n in enumerate(x.shape) if n % mesh.size == 0]
-    if not fsdp or mesh.size == 1 or x.size < min_size or not axes:
+    axes = [i for i, n in enumerate(x.shape) if n % cuts == 0]
+    if cuts == 1 or x.size < min_size or not axes:
       return replicated(mesh)
     longest = max(axes, key=lambda i: x.shape[i])
-    return NamedSharding(
-      mesh, PartitionSpec(*[DATA if i == longest else None for i in range(x.ndim)])
-    )
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, FSDP))
 
   return jax.tree.map(rule, abstract_state)
 

@@ -116,9 +116,11 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
   return train_step
 
 
-def compile_step(experiment: Experiment, state: TrainState) -> Callable:
+def compile_step(
+  experiment: Experiment, state: TrainState, *, compiler_options: dict[str, Any] | None = None
+) -> Callable:
   """The compiled, donating step: (state, batch) -> state, metrics; `state` may be abstract."""
-  step = _donating(make_watched_step(experiment), experiment, state)
+  step = _donating(make_watched_step(experiment), experiment, state, compiler_options)
   return step.lower(state, abstract_batch(experiment)).compile()
 
 
@@ -133,11 +135,21 @@ def make_watched_step(experiment: Experiment) -> Callable[[TrainState, Batch], t
   return watched_step
 
 
-def _donating(f: Callable, experiment: Experiment, state: TrainState) -> Any:
+def _donating(
+  f: Callable,
+  experiment: Experiment,
+  state: TrainState,
+  compiler_options: dict[str, Any] | None = None,
+) -> Any:
   """jit(f), which is given the state to keep and returns the next one, sharded alike."""
   shardings = jax.tree.map(lambda x: x.sharding, state)
   replicated = parallel.replicated(experiment.mesh)
-  return jax.jit(f, donate_argnums=0, out_shardings=(shardings, replicated))
+  return jax.jit(
+    f,
+    donate_argnums=0,
+    out_shardings=(shardings, replicated),
+    compiler_options=compiler_options,
+  )
 
 
 class Steps(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import blocks, data, evaluate, index, step
+from benchmarks import blocks, data, evaluate, index, scaling, step
 from configs import digits
 from ssrl_jax.data import index_cache
 
@@ -62,3 +62,13 @@ def test_data_benchmark_measures_the_way_to_the_canvas(tmp_path):
   assert what[data.BARE]["percent"] == "100.0"
   assert what["tf.data"]["per_s"] == "not run"
   assert float(what["after 10 batches"]["per_s"].replace(",", "")) > 0
+
+
+def test_scaling_model_charges_a_network_only_where_there_is_one():
+  work = scaling.Work((1e9, 0.0), 1e6, 1e9, 1e9, 1e5, 10, (0.0, 1e3))
+  chip = scaling.CHIPS["TPU v6e"]
+  alone, one_slice, two = (scaling.step_time(work, chip, n, 4096) for n in (1, 256, 512))
+  assert alone["step"] == max(alone["compute"], alone["memory"])
+  assert alone["norms"] == alone["loss"] == alone["gradients"] == 0
+  assert two["norms"] > one_slice["norms"] > 0
+  assert two["compute"] == pytest.approx(one_slice["compute"] / 2)

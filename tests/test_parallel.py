@@ -1,16 +1,73 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs import smoke
 from ssrl_jax import parallel
+from ssrl_jax.checkpoint import Checkpoints, abstract
+from ssrl_jax.dry_run import array_bytes
+from ssrl_jax.experiment import abstract_state, build
+from ssrl_jax.state import TrainState, state_digest
 
 
 def test_mesh_takes_the_first_devices_or_all():
   assert parallel.make_mesh().size == 8
-  assert list(parallel.make_mesh(3).devices) == jax.devices()[:3]
-  assert parallel.make_mesh().axis_names == ("data",)
+  assert list(parallel.make_mesh(3).devices.flat) == jax.devices()[:3]
+  assert parallel.make_mesh().axis_names == ("slice", "data", "fsdp")
+
+
+@pytest.mark.parametrize(
+  ("options", "shape"),
+  [
+    ({}, (1, 8, 1)),
+    ({"fsdp": 0}, (1, 1, 8)),
+    ({"fsdp": 4}, (1, 2, 4)),
+    ({"slices": 2, "fsdp": 2}, (2, 2, 2)),
+    ({"slices": 4, "fsdp": 0}, (4, 1, 2)),
+  ],
+)
+def test_config_chooses_slices_and_how_far_the_state_is_cut(options, shape):
+  assert parallel.make_mesh(**options).devices.shape == shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """A device that says which slice it is in."""
+
+  id: int
+  slice_index: int
+  platform: str = "cpu"
+  process_index: int = 0
+  device_kind: str = "cpu"
+
+
+def test_slices_are_those_that_the_devices_name():
+  devices = [Named(i, slice_index=i % 2) for i in range(6)]
+  mesh = parallel.make_mesh(devices=devices)
+  assert mesh.devices.shape == (2, 3, 1)
+  assert [[d.id for d in row.flat] for row in mesh.devices] == [[0, 2, 4], [1, 3, 5]]
+  assert parallel.make_mesh(devices=devices, slices=1).devices.shape == (1, 6, 1)
+  with pytest.raises(ValueError, match=r"mesh.slices is 0, but the 5 devices are in slices of"):
+    parallel.make_mesh(5, devices=devices)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"slices": 3}, r"mesh.slices is 3, but the 8 devices .* divides them, or 0"),
+    ({"slices": -1}, r"mesh.slices is -1"),
+    ({"fsdp": 3}, r"mesh.fsdp is 3, .* 8 devices of a slice; expected one of \[1, 2, 4, 8\], or 0"),
+    ({"fsdp": 8, "slices": 2}, r"mesh.fsdp is 8, .* 4 devices of a slice"),
+    ({"fsdp": -1}, r"mesh.fsdp is -1"),
+  ],
+)
+def test_mesh_that_devices_cannot_form_is_an_error(options, message):
+  with pytest.raises(ValueError, match=message):
+    parallel.make_mesh(**options)
 
 
 @pytest.mark.parametrize("num_devices", [-1, 9])
@@ -37,7 +94,8 @@ def test_batch_size_that_does_not_divide_names_the_nearest(batch_size, nearest):
 
 def specs(shapes, *, fsdp, num_devices=8):
   tree = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
-  shardings = parallel.state_shardings(tree, parallel.make_mesh(num_devices), fsdp=fsdp)
+  mesh = parallel.make_mesh(num_devices, fsdp=fsdp)
+  shardings = parallel.state_shardings(tree, mesh, min_size=2**15)
   return {k: s.spec for k, s in shardings.items()}
 
 
@@ -52,27 +110,66 @@ SHAPES = {
 }
 
 
-def test_fsdp_cuts_the_longest_divisible_axis_of_large_arrays():
-  assert specs(SHAPES, fsdp=True) == {
-    "kernel": PartitionSpec(None, "data"),
-    "square": PartitionSpec("data", None),
-    "conv": PartitionSpec(None, None, "data", None),
+@pytest.mark.parametrize("fsdp", [0, 8])
+def test_longest_divisible_axis_of_large_arrays_is_cut(fsdp):
+  assert specs(SHAPES, fsdp=fsdp) == {
+    "kernel": PartitionSpec(None, "fsdp"),
+    "square": PartitionSpec("fsdp"),
+    "conv": PartitionSpec(None, None, "fsdp"),
     "odd": PartitionSpec(),
     "small": PartitionSpec(),
-    "longest_odd": PartitionSpec("data", None),
+    "longest_odd": PartitionSpec("fsdp"),
     "scalar": PartitionSpec(),
   }
 
 
-@pytest.mark.parametrize("options", [{"fsdp": False}, {"fsdp": True, "num_devices": 1}])
-def test_everything_is_replicated_without_fsdp_or_on_one_device(options):
+def test_axes_need_to_divide_among_those_that_cut_alone():
+  assert specs({"conv": (3, 3, 100, 130)}, fsdp=4) == {"conv": PartitionSpec(None, None, "fsdp")}
+
+
+@pytest.mark.parametrize("options", [{"fsdp": 1}, {"fsdp": 0, "num_devices": 1}])
+def test_everything_is_replicated_where_one_device_cuts(options):
   assert set(specs(SHAPES, **options).values()) == {PartitionSpec()}
 
 
 def test_key_arrays_are_replicated():
   key = jax.eval_shape(lambda: jax.random.key(0))
-  sharding = parallel.state_shardings({"key": key}, parallel.make_mesh(), fsdp=True)["key"]
+  mesh = parallel.make_mesh(fsdp=0)
+  sharding = parallel.state_shardings({"key": key}, mesh, min_size=0)["key"]
   assert sharding.spec == PartitionSpec()
+
+
+def test_cut_state_of_a_vit_takes_its_share_of_each_device():
+  """Parameters, target and moments alike; what stays whole is small."""
+  config = smoke.get_config("dino")
+  config.encoder.name, config.global_views.size = "vit_ti", 32
+  config.mesh.update({"fsdp": 0, "min_size": 2**12})
+  state = abstract_state(build(config, num_examples=128, num_classes=10))
+  whole, each = (array_bytes(state, per_device=d) for d in (False, True))
+  assert whole / 8 < each < 1.1 * whole / 8
+
+
+def test_checkpoint_goes_from_one_layout_to_another(tmp_path):
+  key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+  w = jax.random.normal(key, (16, 64))
+  whole = TrainState(step, {"w": w}, {"queue": w.T}, (w,), (), step, key)
+
+  def laid_out(slices, fsdp):
+    mesh = parallel.make_mesh(slices=slices, fsdp=fsdp)
+    return jax.device_put(whole, parallel.state_shardings(whole, mesh, min_size=8))
+
+  layouts = {shape: laid_out(*shape) for shape in ((1, 1), (2, 2), (1, 0))}
+  specs = {layout.params["w"].sharding.spec for layout in layouts.values()}
+  assert specs == {PartitionSpec(), PartitionSpec(None, "fsdp")}
+  for step, (name, state) in enumerate(layouts.items()):
+    checkpoints = Checkpoints(tmp_path / str(step), keep=1, keep_best=0)
+    checkpoints.save(state, step=step, score=0.0)
+    checkpoints.wait()
+    for target in layouts.values():
+      restored = checkpoints.restore(abstract(target))
+      assert restored.params["w"].sharding == target.params["w"].sharding
+      assert state_digest(restored) == state_digest(whole), name
+    checkpoints.close()
 
 
 def test_to_device_cuts_the_examples_in_order():
@@ -81,12 +178,12 @@ def test_to_device_cuts_the_examples_in_order():
     "label": np.arange(16, dtype=np.int32),
     "id": np.arange(16, dtype=np.int64),
   }
-  arrays = parallel.to_device(batch, parallel.make_mesh(8))
+  arrays = parallel.to_device(batch, parallel.make_mesh(8, slices=2, fsdp=2))
   assert arrays.keys() == batch.keys()
   for name in ("image", "label"):
     np.testing.assert_array_equal(arrays[name], batch[name])
     assert arrays[name].dtype == batch[name].dtype
-    assert arrays[name].sharding.spec == PartitionSpec("data")
+    assert arrays[name].sharding.spec == PartitionSpec(("slice", "data", "fsdp"))
   np.testing.assert_array_equal(arrays["label"].addressable_shards[3].data, [6, 7])
 
 

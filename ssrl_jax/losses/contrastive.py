@@ -1,6 +1,7 @@
 """Objectives that tell examples apart. Rows are brought to unit length first; the batch is the
 global batch. With `block` > 0 keys are taken that many at a time, forwards and backwards, so that
-the largest array is [B, block]; value and gradient stay the same up to rounding.
+the largest array is [B, block] (2 B rows where both views ask); value and gradient stay the same
+up to rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ssrl_jax.method import Array, normalise
+from ssrl_jax.method import Array, fold_views, normalise
 
 Pairs = Callable[[Array, Array], Array]  # (row [B, 1], column [1, M]) -> bool [B, M]
 LOW = -1e30  # instead of -inf, which has no difference to itself
@@ -31,7 +32,7 @@ def nt_xent(z1_BP: Array, z2_BP: Array, *, temperature: float, block: int = 0) -
   Returns:
     float32 [B], in [0, inf): the mean of the two directions for each image.
   """
-  return _symmetric(z1_BP, z2_BP, temperature, block, lambda i, j, b: i == j)
+  return _both_views(z1_BP, z2_BP, temperature, block, lambda i, j: i == j)
 
 
 def decoupled(z1_BP: Array, z2_BP: Array, *, temperature: float, block: int = 0) -> Array:
@@ -41,25 +42,28 @@ def decoupled(z1_BP: Array, z2_BP: Array, *, temperature: float, block: int = 0)
   which sums one direction; this is the mean of both. Arguments and result as `nt_xent`, but the
   value may be negative.
   """
-  return _symmetric(z1_BP, z2_BP, temperature, block, lambda i, j, b: i == j % b)
+  return _both_views(z1_BP, z2_BP, temperature, block, lambda i, j: i // 2 == j // 2)
 
 
-def _symmetric(z1_BP, z2_BP, temperature, block, skip) -> Array:
-  z1_BP, z2_BP = normalise(z1_BP), normalise(z2_BP)
-  b = z1_BP.shape[0]
+def _both_views(z1_BP, z2_BP, temperature, block, skip) -> Array:
+  z_NP = _side_by_side(z1_BP, z2_BP)
+  lse_N, own_N = contrast(
+    z_NP,
+    z_NP,
+    temperature=temperature,
+    positive=lambda i, j: i ^ 1 == j,
+    skip=skip,
+    block=block,
+  )
+  return jnp.mean((lse_N - own_N).reshape(-1, 2), axis=1)
 
-  def direction(q_BP, k_BP):  # columns 0 to B - 1 are the query's own view, B to 2B - 1 the other
-    lse_B, own_B = contrast(
-      q_BP,
-      jnp.concatenate([q_BP, k_BP]),
-      temperature=temperature,
-      positive=lambda i, j: i + b == j,
-      skip=lambda i, j: skip(i, j, b),
-      block=block,
-    )
-    return lse_B - own_B
 
-  return (direction(z1_BP, z2_BP) + direction(z2_BP, z1_BP)) / 2
+def _side_by_side(z1_BP: Array, z2_BP: Array) -> Array:
+  """[2B, P] of unit length, the views of image i in rows 2 i and 2 i + 1.
+
+  Not one view after the other: each device has rows of both, and would have to send them away.
+  """
+  return fold_views(normalise(jnp.stack([z1_BP, z2_BP], axis=1)))
 
 
 def info_nce(q_BP: Array, k_BP: Array, *, temperature: float, block: int = 0) -> Array:
@@ -97,11 +101,11 @@ def supervised_contrastive(
   Returns:
     float32 [B], the mean over the two views of each image.
   """
-  z_NP = normalise(jnp.concatenate([z1_BP, z2_BP]))
+  z_NP = _side_by_side(z1_BP, z2_BP)
   b = z1_BP.shape[0]
   # Unknown labels become classes of their own.
   class_B = jnp.where(label_B < 0, -1 - jnp.arange(b), label_B)
-  class_N = jnp.concatenate([class_B, class_B])
+  class_N = jnp.repeat(class_B, 2)
 
   def positive(i, j):  # columns beyond the last are padding of the last block
     return (class_N[i] == class_N[j % (2 * b)]) & (i != j)
@@ -114,7 +118,7 @@ def supervised_contrastive(
     skip=lambda i, j: i == j,
     block=block,
   )
-  return jnp.mean((lse_N - own_N).reshape(2, b), axis=0)
+  return jnp.mean((lse_N - own_N).reshape(-1, 2), axis=1)
 
 
 def contrast(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from ssrl_jax.method import Array
 
 
-def sinkhorn(scores_NK: Array, *, eps: float, iterations: int = 3) -> Array:
+def sinkhorn(
+  scores_NK: Array, *, eps: float, iterations: int = 3, others_QK: Array | None = None
+) -> Array:
   """Codes: assignments of N rows to K prototypes that use every prototype alike; rows sum to 1.
 
   Caron et al. 2020 (SwAV), equation 3. The official code exponentiates first and overflows in
@@ -18,12 +22,16 @@ def sinkhorn(scores_NK: Array, *, eps: float, iterations: int = 3) -> Array:
     scores_NK: products of embeddings and prototypes, of the global batch.
     eps: entropy of the codes, > 0; 0.05 in the paper.
     iterations: 3 in the paper.
+    others_QK: scores of a queue, which are to use the prototypes alike together with the batch's.
   """
-  log_NK = scores_NK.astype(jnp.float32) / eps
+  # Not one array: the queue's rows would be dealt out to the devices among which the batch is cut.
+  given = [scores_NK] if others_QK is None else [scores_NK, others_QK]
+  parts = [x.astype(jnp.float32) / eps for x in given]
   for _ in range(iterations):
-    log_NK -= jax.nn.logsumexp(log_NK, axis=0, keepdims=True)
-    log_NK -= jax.nn.logsumexp(log_NK, axis=1, keepdims=True)
-  return jnp.exp(log_NK)
+    sums = [jax.nn.logsumexp(x, axis=0, keepdims=True) for x in parts]
+    parts = [x - functools.reduce(jnp.logaddexp, sums) for x in parts]
+    parts = [x - jax.nn.logsumexp(x, axis=1, keepdims=True) for x in parts]
+  return jnp.exp(parts[0])
 
 
 def centred_softmax(scores: Array, centre_K: Array, *, temperature: Array | float) -> Array:

@@ -87,8 +87,8 @@ def make(
     alone_BK = sinkhorn(scores_BK, eps=eps, iterations=iterations)
     if not queue_size:
       return alone_BK
-    both = jnp.concatenate([scores_BK, method_state["queue"][view] @ kernel_KP.T])
-    with_queue_BK = sinkhorn(both, eps=eps, iterations=iterations)[: scores_BK.shape[0]]
+    queue_QK = method_state["queue"][view] @ kernel_KP.T
+    with_queue_BK = sinkhorn(scores_BK, eps=eps, iterations=iterations, others_QK=queue_QK)
     return jnp.where(step >= first_queue_step, with_queue_BK, alone_BK)
 
   def loss(params, method_state, views, key, step):

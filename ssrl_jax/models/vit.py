@@ -264,6 +264,7 @@ def shrink(x_BHWC: Array, factor: int) -> Array:
   """Mean of factor x factor pixels, [B, ceil(H/factor), ceil(W/factor), C]; edges are repeated."""
   B, H, W, C = x_BHWC.shape
   h, w = -(-H // factor), -(-W // factor)
-  pad = ((0, 0), (0, h * factor - H), (0, w * factor - W), (0, 0))
-  x_BHWC = jnp.pad(x_BHWC, pad, mode="edge")
+  pad = (0, h * factor - H), (0, w * factor - W), (0, 0)
+  # Of each example: else the gradient sends maps of zeros between the devices that share a batch.
+  x_BHWC = jax.vmap(lambda x_HWC: jnp.pad(x_HWC, pad, mode="edge"))(x_BHWC)
   return x_BHWC.reshape(B, h, factor, w, factor, C).mean(axis=(2, 4))
