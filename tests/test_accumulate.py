@@ -128,7 +128,8 @@ def test_what_goes_along_with_an_image_is_cut_alike():
 
   def apply(part, args, kwargs):
     (image_M, flag), order_MK = args, kwargs["order_NK"]
-    assert flag is True and image_M.shape == (4,) and order_MK.shape == (4, 2)
+    assert flag is True
+    assert (image_M.shape, order_MK.shape) == ((4,), (4, 2))
     return {"same": image_M, "sum": image_M + order_MK.sum(1), "pair": image_M.reshape(2, 2)}
 
   out = in_parts(apply, 4, 8, (image_N, True), {"order_NK": order_NK, "mask": None})
