@@ -116,7 +116,7 @@ class Node(nn.Module):
 
   conv: str
   dtype: Any
-  norm: str
+  norm: str = "batch"
   eps: float = 1e-4
 
   @nn.compact
