@@ -1,4 +1,4 @@
-"""Small photographs (shorter side 128) at a budget for two CPU cores: ResNet-10 of width 24, 96 px.
+"""Small photographs (shorter side 128) at a budget for two CPU cores: ResNet-10 of width 24, 64 px.
 
 Command   python -m ssrl_jax.main --config=configs/imagenette_cpu.py:METHOD
             --config.data.source=folder:PATH     (class folders under PATH/train and PATH/val)
@@ -24,12 +24,12 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.data.source = "tfds:imagenette/160px-v2"
   c.data.update({"canvas": 160, "dry_run_examples": 9469, "dry_run_classes": 10})
   c.global_views = view_group(
-    size=96, area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
+    size=64, area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
   )
-  c.evaluate.update({"size": 96, "crop": 0.875, "batch_size": 128})
+  c.evaluate.update({"size": 64, "crop": 0.875, "batch_size": 128})
   c.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-3, "warmup_epochs": 2.0})
   c.checkpoint.every_steps = 200
   change(c, SMALL[method])
   c.encoder.fusion.coarsen = 1
-  c.encoder.vit.patch = 12
+  c.encoder.vit.patch = 8
   return c

@@ -8,10 +8,7 @@ arguments: a knob that exists there exists here, and nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import inspect
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +21,13 @@ from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
+from ssrl_jax.options import keyword_defaults, nearest
 
 # What may change between a run and its continuation. It cannot change what a step computes, but for
 # `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run; and
 # for `accumulate` where the encoder drops at random: other draws.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
             "data.threads", "data.dry_run", "accumulate", "encoder.remat")  # fmt: skip
-
-
-def nearest(name: str, known: Iterable[str], what: str) -> str:
-  """The message for an unknown name: the nearest valid one first, then all of them."""
-  known = list(known)
-  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  hint = f"did you mean {close[0]!r}? " if close else ""
-  return f"unknown {what} {name!r}; {hint}known: {', '.join(known)}"
-
-
-def keyword_defaults(f: Callable, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-  """{name: default} of the arguments of `f` that have one."""
-  parameters = inspect.signature(f).parameters.values()
-  return {
-    p.name: p.default
-    for p in parameters
-    if p.default is not inspect.Parameter.empty and p.name not in leave_out
-  }
 
 
 def view_group(**changes: Any) -> ConfigDict:
@@ -83,7 +63,9 @@ def base_config(method: str) -> ConfigDict:
     c.encoder[name] = ConfigDict({"enabled": False, **options})
 
   c.data = ConfigDict()
-  c.data.source = "digit_scenes"  # digit_scenes | folder:PATH | clips:PATH | tfds:NAME
+  c.data.source = "digit_scenes"  # or KIND:PATH, or mixture; docs/data.md lists the kinds
+  c.data.mixture = ()  # of source "mixture": its sources, e.g. ("folder:A", "arrayrecord:B")
+  c.data.mixture_weights = ()  # each one's share of an epoch's draws; () = every example once
   c.data.data_dir = ""  # of tfds; empty: its own default
   c.data.train = "train"  # split to train on, and the bank of k-NN and linear
   c.data.test = "test"  # split to evaluate on

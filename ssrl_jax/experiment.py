@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from ssrl_jax import optim, parallel
 from ssrl_jax.accumulate import accumulated
-from ssrl_jax.config import nearest
 from ssrl_jax.data import sources
 from ssrl_jax.data.sampling import Sampling, make_sampling
 from ssrl_jax.method import Array, Method, Run, ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.models import make_encoder
+from ssrl_jax.options import nearest
 from ssrl_jax.probe import init_probe
 from ssrl_jax.state import TrainState
 from ssrl_jax.views import abstract_views, check_ramp, check_specs
@@ -66,6 +66,7 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
     size=data.canvas,
     limit=data.num_train if split == "train" else data.num_test,
     seed=data.seed_subset,
+    mixture=data.mixture,
   )
 
 
@@ -78,7 +79,11 @@ def training_sampling(config: ConfigDict, source: sources.Source) -> Sampling | 
   data = config.data
   sources.check_frames(source, data.frames, data.frame_span)
   return make_sampling(
-    source, sampling=data.sampling, file=data.sampling_file, power=data.sampling_power
+    source,
+    sampling=data.sampling,
+    file=data.sampling_file,
+    power=data.sampling_power,
+    mixture_weights=data.mixture_weights if data.source == "mixture" else (),
   )
 
 

@@ -10,8 +10,6 @@ import logging
 import shlex
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,11 +17,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from ssrl_jax import parallel
-from ssrl_jax.config import flatten, nearest
+from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.config import flatten
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
+from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import Facts, open_run_folder, write_results
 from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
@@ -86,27 +86,6 @@ def run(argv: list[str]) -> int:
     say(f"report: {write_report(folder, figures=figures)}")
   say(results_table(evaluated.results))
   return 0
-
-
-def print_line(line: str) -> None:
-  print(line, flush=True)
-
-
-def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
-  """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
-  try:
-    return program()
-  except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
-          flags.Error) as error:  # fmt: skip
-    if show_traceback():
-      traceback.print_exc()
-    else:
-      # What a recipe raises comes wrapped with its traceback: its last line is the message.
-      lines = str(error).strip().splitlines() or [type(error).__name__]
-      lines = lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines
-      message = " ".join(" ".join(lines).split())
-      print(f"error: {message}  (--traceback shows where)", file=sys.stderr)
-    return 1
 
 
 def unknown_key(argv: list[str]) -> str | None:

@@ -43,6 +43,8 @@ class ViewSpec(NamedTuple):
   blur: tuple[float, ...] = (0.0,)  # probability, for each of the count views (or one for all)
   blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
   solarise: tuple[float, ...] = (0.0,)  # probability, for each of the count views (or one for all)
+  noise: tuple[float, ...] = (0.0,)  # probability, for each of the count views (or one for all)
+  noise_sigma: tuple[float, float] = (0.02, 0.2)  # of Gaussian noise; pixels are in [0, 1]
   mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted, pixels being in [0, 1]
   std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # divided by
 

@@ -115,6 +115,12 @@ def solarise(image_HWC: Array) -> Array:
   return jnp.where(image_HWC < 0.5, image_HWC, 1 - image_HWC)
 
 
+def add_noise(image_HWC: Array, sigma: Array, seed: Array) -> Array:
+  """Adds Gaussian noise of deviation `sigma`, drawn with the uint32 `seed`; clips to [0, 1]."""
+  noise_HWC = jax.random.normal(jax.random.key(seed), image_HWC.shape)
+  return jnp.clip(image_HWC + sigma * noise_HWC, 0, 1)
+
+
 def normalise(image_HWC: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
   """Subtracts the mean of each channel and divides by its standard deviation."""
   return (image_HWC - channels(mean, 3)) / channels(std, 3)

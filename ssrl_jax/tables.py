@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from ssrl_jax.config import change, flatten, load_file, nearest
+from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.config import change, flatten, load_file
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import TITLES, select
 from ssrl_jax.flops import measured_matmul_flops
-from ssrl_jax.main import exit_with_one_line, print_line
+from ssrl_jax.options import nearest
 from ssrl_jax.run_folder import write_json
 from ssrl_jax.table_text import write_table
 

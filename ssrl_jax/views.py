@@ -1,9 +1,9 @@
 """Random views of pictures, computed on the device inside the compiled step.
 
 `make_views` draws what chance decides for each view of each picture (`draw`), then renders it
-(`render`): crop and flip, colour jitter, greyscale, blur, solarisation, normalisation. What one
-picture gets is a function of the key, the picture's id, the spec's name and the view's number, and
-of nothing else: not of the batch, the picture's place in it, the other specs or the devices.
+(`render`): crop and flip, colour jitter, greyscale, blur, solarisation, noise, normalisation. What
+one picture gets is a function of the key, the picture's id, the spec's name and the view's number,
+and of nothing else: not of the batch, the picture's place in it, the other specs or the devices.
 
 `ssrl_jax/pixels.py` has the operations themselves.
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from ssrl_jax.method import Array, ViewSpec, box_name
 from ssrl_jax.pixels import (
+  add_noise,
   colour_jitter,
   gaussian_blur,
   greyscale,
@@ -46,6 +47,8 @@ class Draws(NamedTuple):
   blur: Array
   sigma: Array  # float32, pixels
   solarise: Array
+  noise: Array | float = 0.0  # float32, the deviation; 0: none
+  noise_seed: Array | int = 0  # uint32
 
 
 def make_views(
@@ -197,6 +200,13 @@ def draw(
   ranges = [(max(0.0, 1 - x), 1 + x) for x in strengths] + [(-spec.hue, spec.hue)]
   factors = jnp.stack([_between(x, *low_high) for x, low_high in zip(u_factors, ranges)])
   u_crop, ease = u[: 2 * TRIES + 2], partial(_ease, strength=strength)
+  noise = {}
+  if max(spec.noise) > 0:  # numbers of its own, so that other specs' views stay what they were
+    noise_key = jax.random.fold_in(key, np.uint32(zlib.crc32(b"noise")))
+    chance, sigma_noise = jax.random.uniform(noise_key, (2,))
+    noisy = chance < ease(_of_view(spec.noise, spec.count)[view])
+    deviation = jnp.where(noisy, _between(sigma_noise, *spec.noise_sigma), 0)
+    noise = {"noise": deviation, "noise_seed": jax.random.bits(noise_key)}
   return Draws(
     box=crop_box(u_crop, extent_2, area=spec.area, aspect=spec.aspect, strength=strength),
     flip=flip < spec.flip,
@@ -206,6 +216,7 @@ def draw(
     blur=blur < ease(_of_view(spec.blur, spec.count)[view]),
     sigma=_between(sigma, *spec.blur_sigma),
     solarise=solarise < ease(_of_view(spec.solarise, spec.count)[view]),
+    **noise,
   )
 
 
@@ -272,6 +283,8 @@ def render(image_SSC: Array, draws: Draws, order_J: Array, spec: ViewSpec) -> Ar
     image_HWC = jnp.where(draws.blur, gaussian_blur(image_HWC, draws.sigma), image_HWC)
   if max(spec.solarise) > 0:
     image_HWC = jnp.where(draws.solarise, solarise(image_HWC), image_HWC)
+  if max(spec.noise) > 0:
+    image_HWC = add_noise(image_HWC, draws.noise, draws.noise_seed)
   return normalise(image_HWC, spec.mean, spec.std)
 
 
@@ -306,11 +319,11 @@ def check_specs(specs: tuple[ViewSpec, ...]) -> None:
     checks = {
       ("count", "size"): (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
       ("area",): (lambda x: _is_range(x, 1), "0 < low <= high <= 1, e.g. (0.08, 1.0)"),
-      ("aspect", "blur_sigma"): (_is_range, "0 < low <= high, e.g. (0.75, 1.33)"),
+      ("aspect", "blur_sigma", "noise_sigma"): (_is_range, "0 < low <= high, e.g. (0.75, 1.33)"),
       ("flip", "jitter", "greyscale"): (_is_probability, "a probability from 0 to 1"),
       ("brightness", "contrast", "saturation"): (lambda x: 0 <= x < np.inf, "0 or more"),
       ("hue",): (lambda x: 0 <= x <= 0.5, "a share of the colour circle from 0 to 0.5, e.g. 0.1"),
-      ("blur", "solarise"): (
+      ("blur", "solarise", "noise"): (
         lambda x, n=spec.count: isinstance(x, tuple) and len(x) in (1, n) and _is_probability(*x),
         f"a tuple of 1 or {spec.count} (count) probabilities from 0 to 1, e.g. (0.5,)",
       ),

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks import accumulate, blocks, evaluate, step
+from benchmarks import accumulate, blocks, evaluate, index, step
 from configs import digits
+from ssrl_jax.data import index_cache
 
 
 def test_step_benchmark_measures_the_step_and_its_parts():
@@ -45,3 +46,14 @@ def test_evaluate_benchmark_measures_each_part():
     assert row["seconds"] > 0
     assert row["compile_s"] >= 0
     assert row["per_s"] > 0
+
+
+def test_index_benchmark_lists_with_and_without_what_was_kept(tmp_path, monkeypatch):
+  monkeypatch.setattr(index_cache, "SETTLED_NS", 0)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / "set").mkdir()
+  rows = index.measure(str(tmp_path / "set"), 30, 3, tmp_path / "cache", cold=False)
+  warm = [row for row in rows if row["what"].endswith("warm")]
+  assert [row["runs"] for row in warm] == [index.REPEATS] * 3
+  assert {row["wall_seconds"] for row in rows if row not in warm} == {"not run"}
+  assert len(list((tmp_path / "cache" / "ssrl_jax").iterdir())) == 1

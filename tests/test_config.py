@@ -6,10 +6,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from ssrl_jax.config import base_config, changed_keys, flatten, keyword_defaults, view_group
+from ssrl_jax.config import base_config, changed_keys, flatten, view_group
 from ssrl_jax.experiment import abstract_state, build, view_specs
 from ssrl_jax.method import ViewSpec
 from ssrl_jax.methods import METHODS
+from ssrl_jax.options import keyword_defaults
 from ssrl_jax.run_folder import Facts, load_config, open_run_folder
 
 RECIPES = sorted(

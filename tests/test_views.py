@@ -479,6 +479,28 @@ def test_views_of_one_frame_are_those_of_the_picture():
   np.testing.assert_array_equal(one["global"], full_views(key, batch)["global"])
 
 
+# Noise.
+
+
+def test_noise_has_the_deviation_drawn_and_leaves_every_other_draw_alone():
+  """On grey pictures, for half of the second views and none of the first."""
+  batch = make_batch(256) | {"image": np.full((256, 32, 32, 3), 128, np.uint8)}
+  quiet = PLAIN._replace(count=2)
+  spec = quiet._replace(noise=(0.0, 0.5), noise_sigma=(0.05, 0.1))
+  make = jax.jit(views.make_views, static_argnums=2)
+  got, plain = (make(jax.random.key(4), batch, (x,)) for x in (spec, quiet))
+  np.testing.assert_array_equal(got["plain_box"], plain["plain_box"])
+  np.testing.assert_allclose(got["plain"][:, 0], plain["plain"][:, 0], atol=1e-5)
+  difference_BHWC = np.asarray(got["plain"][:, 1] - plain["plain"][:, 1])
+  noise_BHWC = difference_BHWC * np.reshape(STD, (1, 1, 1, 3))
+  deviation_B = noise_BHWC.std((1, 2, 3))
+  noisy = deviation_B > 1e-4
+  assert abs(noisy.mean() - 0.5) < 4 * np.sqrt(0.25 / 256)
+  assert 0.04 < deviation_B[noisy].min() < 0.06 < 0.09 < deviation_B[noisy].max() < 0.11
+  assert abs(np.corrcoef(noise_BHWC[noisy][:2].reshape(2, -1))[0, 1]) < 0.2  # own noise each
+  assert abs(noise_BHWC[noisy].mean()) < 0.001
+
+
 # Strength.
 
 
@@ -625,6 +647,8 @@ def test_eval_view_refuses_nonsense(size, crop, message):
     {"blur": (0.5, 0.5, 0.5)},
     {"blur_sigma": (0.0, 2.0)},
     {"solarise": (0.0, 2.0)},
+    {"noise": 0.5},
+    {"noise_sigma": (0.1, 0.0)},
     {"std": (0.2, 0.0, 0.2)},
   ],
 )

@@ -25,7 +25,7 @@ FROZEN = "knn,linear"
 
 # What the rows of a budget have in common, for the text above a table.
 CIFAR_TEXT = "CIFAR-10: ResNet-8 of width 16, 5,000 training images, 8 epochs."
-PHOTOS_TEXT = "Pretrained on 2,800 photographs: ResNet-10 of width 24, 96 px, 12 epochs."
+PHOTOS_TEXT = "Pretrained on 2,800 photographs: ResNet-10 of width 24, 64 px, 12 epochs."
 IMAGENET_TEXT = "ImageNet-1k: ResNet-50, as configs/imagenet.py has it."
 
 CIFAR = {"data.source": f"folder:{DATA}/cifar10", "epochs": 8.0}
@@ -39,7 +39,7 @@ def cifar(method: str, changes: Mapping[str, Any] = NOTHING) -> Training:
 
 
 def photos(method: str, changes: Mapping[str, Any] = NOTHING) -> Training:
-  """ResNet-10 of width 24 on 2,800 photographs of ten classes at 96 px."""
+  """ResNet-10 of width 24 on 2,800 photographs of ten classes at 64 px."""
   return Training(f"configs/imagenette_cpu.py:{method}", {**PHOTOS, **changes})
 
 

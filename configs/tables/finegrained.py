@@ -25,7 +25,7 @@ def local() -> Table:
   return Table(
     title="Fine-grained recognition",
     text="Grocery Store, 81 fine classes, 2,640 training and 969 test photographs; ResNet-10 of "
-    "width 24 at 96 px, pretrained for 12 epochs on the training photographs, fine-tuned for 20. "
+    "width 24 at 64 px, pretrained for 12 epochs on the training photographs, fine-tuned for 20. "
     "Claims are for CUB-200-2011 and FGVC-Aircraft and cannot be compared with it.",
     source="",
     rows=tuple(rows),

@@ -15,9 +15,9 @@ import numpy as np
 from absl import flags
 from sklearn.cluster import MiniBatchKMeans
 
+from ssrl_jax.command_line import exit_with_one_line, print_line
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
-from ssrl_jax.main import exit_with_one_line, print_line
 
 
 def run(folder: Path, num_clusters: int, out: Path, seed: int) -> int:

@@ -57,16 +57,29 @@ def decode(image: Picture, *, canvas: int) -> tuple[np.ndarray, np.ndarray]:
     DamagedImage: truncated, empty, not a picture, values out of range, or more than Pillow's limit
       of 179 million pixels.
   """
-  if isinstance(image, np.ndarray):
-    pixels = _decode_array(image, canvas)
-  elif isinstance(image, bytes | str | os.PathLike | Image.Image):
-    pixels = np.asarray(_decode_picture(image, canvas))
-  else:
-    raise TypeError(f"image is a {type(image).__name__}; expected bytes, path, PIL image or array")
+  pixels = decode_pixels(image, canvas)
   height, width = pixels.shape[:2]
   placed = np.zeros((canvas, canvas, 3), np.uint8)
   placed[:height, :width] = pixels
   return placed, np.array([height, width], np.int32)
+
+
+def decode_pixels(image: Picture, longer: int) -> np.ndarray:
+  """As `decode`, without a canvas: uint8 [h, w, 3], no side being above `longer`."""
+  if isinstance(image, np.ndarray):
+    return _decode_array(image, longer)
+  if isinstance(image, bytes | str | os.PathLike | Image.Image):
+    return np.asarray(_decode_picture(image, longer))
+  raise TypeError(f"image is a {type(image).__name__}; expected bytes, path, PIL image or array")
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+  """The bytes of a picture's file; DamagedImage where it cannot be read."""
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except OSError as error:
+    raise DamagedImage(f"{os.fspath(path)}: {error.strerror}") from error
 
 
 def fit(width: int, height: int, canvas: int) -> tuple[int, int]:

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from ssrl_jax.data.decode import FORMATS, orientation
+from ssrl_jax.data.listing import EXTENSIONS, find_split
 from ssrl_jax.data.pipeline import Batch, check_at_least
-from ssrl_jax.data.sources import EXTENSIONS, find_split
 
 IGNORE = 255  # of a mask: no class, and what lies outside the picture
 CLIPPED = 0.02  # pixels outside the picture that COCO's own rounding to 0.01 may cause

@@ -99,6 +99,9 @@ class DigitScenes:
       labels[index] = drawn.label  # last: another thread must not see a label without its image
     return {"image": images[index].copy(), "label": int(labels[index])}
 
+  def name(self, index: int) -> str:
+    return f"scene {self._position(index)}"
+
   def scene(self, index: int) -> Scene:
     """Example `index` with its box and mask, rendered anew."""
     return scene(self.seed, self._position(index), split=self.split, size=self.size)

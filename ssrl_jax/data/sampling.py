@@ -7,6 +7,7 @@ or the process that asks.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,14 @@ def position(ids: np.ndarray) -> np.ndarray:
   return ids & ((1 << COPY_BIT) - 1)
 
 
-def make_sampling(source: Source, *, sampling: str, file: str, power: float) -> Sampling | None:
+def make_sampling(
+  source: Source,
+  *,
+  sampling: str,
+  file: str,
+  power: float,
+  mixture_weights: Sequence[float] = (),
+) -> Sampling | None:
   """Reads and checks the weights of all examples; None for uniform, each once an epoch.
 
   Args:
@@ -43,6 +51,8 @@ def make_sampling(source: Source, *, sampling: str, file: str, power: float) -> 
       drawn), or whole numbers that name a cluster (-1: never drawn).
     power: 1 is fully balanced, 0 uniform: a group of n examples has weight n ** (1 - power), an
       example of weight w has w ** power.
+    mixture_weights: of each source of a Mixture, whose share of the draws is its weight over their
+      sum; within a source the rest of the arguments says; empty: no source is favoured.
 
   Raises:
     ValueError, FileNotFoundError: with what to change.
@@ -55,14 +65,21 @@ def make_sampling(source: Source, *, sampling: str, file: str, power: float) -> 
   if bool(file) != from_file:
     fix = "name the .npy file" if from_file else "leave it empty, or sample by weights or clusters"
     raise ValueError(f"data.sampling is {sampling!r} and data.sampling_file is {file!r}; {fix}")
-  if sampling == "uniform":
+  if sampling == "uniform" and not len(mixture_weights):
     return None
-  values = _read(file, source) if from_file else _known_labels(source)
-  if sampling == "weights":
+  if sampling == "uniform":
+    weights, groups = np.ones(len(source)), np.zeros(len(source), np.int8)
+  elif sampling == "weights":
+    values = _read(file, source)
     weights, groups = _checked_weights(values, file) ** power, np.zeros(len(values), np.int8)
     weights[values == 0] = 0  # whatever the power
   else:
+    values = _read(file, source) if from_file else _known_labels(source)
     weights, groups = _balanced(values, power, what=file or repr(source))
+  if len(mixture_weights):
+    weights = _shared(weights, source, mixture_weights)
+    # The source comes first, so that it keeps to its share as its groups keep to theirs.
+    groups = source.origins * np.int64(groups.max() + 1) + groups
   weights = weights / weights.sum()
   if weights.max() * len(weights) >= 1 << (62 - COPY_BIT):
     raise ValueError(
@@ -70,6 +87,23 @@ def make_sampling(source: Source, *, sampling: str, file: str, power: float) -> 
       "epoch; lower data.sampling_power or its weight"
     )
   return Sampling(weights, groups)
+
+
+def _shared(weights: np.ndarray, source: Source, shares: Sequence[float]) -> np.ndarray:
+  """The weights, scaled so that those of each source of a Mixture sum to its share."""
+  sums = np.bincount(source.origins, weights, minlength=len(shares))
+  if len(shares) != len(sums) or not all(0 < share < np.inf for share in shares):
+    raise ValueError(
+      f"data.mixture_weights is {tuple(shares)}; expected {len(sums)} positive numbers, one for "
+      "each source of data.mixture"
+    )
+  if not sums.all():
+    raise ValueError(
+      f"data.mixture_weights favours source {sums.argmin()} of {source!r}, which is not there or "
+      "has no example of a weight above 0; give a weight for each source of data.mixture, and "
+      "check data.sampling_file and data.num_train"
+    )
+  return weights * (np.array(shares) / sums)[source.origins]
 
 
 def _known_labels(source: Source) -> np.ndarray:

@@ -14,10 +14,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ssrl_jax.config import flatten, nearest
+from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.config import flatten
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
 from ssrl_jax.experiment import open_split
-from ssrl_jax.main import exit_with_one_line, print_line
+from ssrl_jax.options import nearest
 from ssrl_jax.run_folder import load_config, merge_evaluation
 from ssrl_jax.state import state_digest
 

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from ssrl_jax import parallel
 from ssrl_jax.data.decode import FORMATS, DamagedImage
-from ssrl_jax.data.sources import EXTENSIONS, find_split
+from ssrl_jax.data.listing import EXTENSIONS, find_split
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.method import Array, Features
 from ssrl_jax.pixels import normalise

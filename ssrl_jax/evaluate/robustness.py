@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 from ssrl_jax.corruptions import NAMES, NOISES, SEVERITIES, corrupt, table_for
 from ssrl_jax.corruptions.levels import ALEXNET_ERROR
-from ssrl_jax.data.sources import FolderSource, Source, check_same_classes
+from ssrl_jax.data.folders import FolderSource
+from ssrl_jax.data.sources import Source, check_same_classes
 from ssrl_jax.evaluate import knn
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.evaluate.linear import fit_probe

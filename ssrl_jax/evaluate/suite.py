@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.config import nearest
 from ssrl_jax.data.sources import Source, check_same_classes
 from ssrl_jax.evaluate import EVALS, Protocol
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
+from ssrl_jax.options import nearest
 from ssrl_jax.run_folder import Facts, load_config, read_facts
 from ssrl_jax.state import TrainState
 

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 
 from ssrl_jax.method import Encoder, Method, Run, ViewSpec
+from ssrl_jax.options import keyword_defaults, nearest
 
 DEFAULTS: Mapping[str, Any] = {}
 
@@ -76,7 +77,6 @@ def make(
 
 
 def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:
-  from ssrl_jax.config import keyword_defaults, nearest
   from ssrl_jax.methods import METHODS  # here: this module is one of them
 
   if len(terms) < 2 or len(set(terms)) < len(terms) or len(weights) != len(terms):

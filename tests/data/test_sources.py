@@ -13,11 +13,10 @@ from PIL import Image
 
 from ssrl_jax.data import prepare_tfds
 from ssrl_jax.data.decode import decode
+from ssrl_jax.data.folders import FolderSource
+from ssrl_jax.data.listing import EXTENSIONS, choose_columns
 from ssrl_jax.data.sources import (
-  EXTENSIONS,
-  FolderSource,
   Subset,
-  _feature_names,
   check_frames,
   check_same_classes,
   labels_of,
@@ -237,9 +236,7 @@ def test_labels_of_are_those_of_the_examples(tmp_path):
 
 def test_unknown_source_names_the_valid_ones():
   for name in ("cifar10", "folder:", "tfds:", "digits"):
-    with pytest.raises(
-      ValueError, match=r"'tfds:NAME', 'folder:PATH', 'clips:PATH' or 'digit_scenes'"
-    ):
+    with pytest.raises(ValueError, match=r"'tfds:NAME', 'folder:PATH', .*'hf:PATH', 'digit_sc"):
       open_source(name, split="train")
 
 
@@ -334,16 +331,16 @@ def test_unknown_tfds_names_the_nearest(tmp_path):
     open_source("tfds:cifar10:9.9.9", split="train", data_dir=str(tmp_path))
 
 
-def test_tfds_features_are_found_or_listed():
-  features = tfds.features
-  image, label = features.Image(), features.ClassLabel(num_classes=2)
-  assert _feature_names({"photo": image, "species": label}, "x") == ("photo", "species")
-  assert _feature_names({"photo": image}, "x") == ("photo", None)
-  both = {"image": image, "mask": image, "label": label, "coarse_label": label}
-  assert _feature_names(both, "x") == ("image", "label")
-  for bad in ({"left": image, "right": image}, {"image": image, "a": label, "b": label}, {}):
+def test_columns_are_found_or_listed():
+  def chosen(pictures, labels):
+    return choose_columns(pictures, labels, known=["some", "columns"], where="tfds:x")
+
+  assert chosen(["photo"], ["species"]) == ("photo", "species")
+  assert chosen(["photo"], []) == ("photo", None)
+  assert chosen(["image", "mask"], ["label", "coarse_label"]) == ("image", "label")
+  for bad in ((["left", "right"], []), (["image"], ["a", "b"]), ([], [])):
     with pytest.raises(ValueError, match="tfds:x needs one picture"):
-      _feature_names(bad, "x")
+      chosen(*bad)
 
 
 def test_preparing_without_tensorflow_says_what_to_install(monkeypatch):

@@ -1,0 +1,30 @@
+"""What the commands share: lines on the screen, and errors in one line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import flags
+
+
+def print_line(line: str) -> None:
+  print(line, flush=True)
+
+
+def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
+  """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
+  try:
+    return program()
+  except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
+          flags.Error) as error:  # fmt: skip
+    if show_traceback():
+      traceback.print_exc()
+    else:
+      # What a recipe raises comes wrapped with its traceback: its last line is the message.
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      lines = lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines
+      message = " ".join(" ".join(lines).split())
+      print(f"error: {message}  (--traceback shows where)", file=sys.stderr)
+    return 1
