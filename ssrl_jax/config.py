@@ -24,10 +24,11 @@ from ssrl_jax.models.vit import make_vit
 from ssrl_jax.options import keyword_defaults, nearest
 
 # What may change between a run and its continuation. It cannot change what a step computes, but for
-# `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run.
+# `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run; and
+# for `accumulate` where the encoder drops at random: other draws.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
             "data.threads", "data.cache", "data.steps_ahead", "data.max_bad_fraction",
-            "data.dry_run")  # fmt: skip
+            "data.dry_run", "accumulate", "encoder.remat")  # fmt: skip
 
 
 def view_group(**changes: Any) -> ConfigDict:
@@ -46,6 +47,7 @@ def base_config(method: str) -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # of initialisation, data order and views
   c.batch_size = 256  # images per step over all devices
+  c.accumulate = 1  # parts in which they go through the network: the same gradient, less memory
   c.epochs = 100.0  # passes over the training set
   c.steps = 0  # if > 0: this many steps, whatever `epochs` says
   c.method = ConfigDict({"name": method, **keyword_defaults(METHODS[method])})
@@ -53,10 +55,12 @@ def base_config(method: str) -> ConfigDict:
   c.encoder = ConfigDict()
   c.encoder.name = "resnet18"  # a key of models.ENCODERS
   c.encoder.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
-  c.encoder.resnet = ConfigDict(keyword_defaults(make_resnet, leave_out=("dtype",)))
-  c.encoder.vit = ConfigDict(keyword_defaults(make_vit, leave_out=("dtype",)))
+  c.encoder.norm = "batch"  # batch | group; of ResNets, fusion and attention (a ViT has layer norm)
+  c.encoder.remat = False  # True: blocks are computed again in the backward pass: less memory
+  c.encoder.resnet = ConfigDict(keyword_defaults(make_resnet, leave_out=("dtype", "norm", "remat")))
+  c.encoder.vit = ConfigDict(keyword_defaults(make_vit, leave_out=("dtype", "remat")))
   for name, wrapper in (("fusion", FusionEncoder), ("attention", AttentionEncoder)):
-    options = keyword_defaults(wrapper, leave_out=("dtype", "parent", "name"))
+    options = keyword_defaults(wrapper, leave_out=("dtype", "norm", "parent", "name"))
     c.encoder[name] = ConfigDict({"enabled": False, **options})
 
   c.data = ConfigDict()

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ssrl_jax import optim, parallel
+from ssrl_jax.accumulate import accumulated
 from ssrl_jax.data import sources
 from ssrl_jax.data.damaged import check_fraction
 from ssrl_jax.data.sampling import Sampling, make_sampling
@@ -109,14 +110,9 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   check_fraction(config.data.max_bad_fraction)
   if config.data.cache not in ("", "device"):
     raise ValueError(f"data.cache is {config.data.cache!r}; expected '' (streamed) or 'device'")
-  name, options = split_name(config.method)
-  if name not in METHODS:
-    raise ValueError(nearest(name, METHODS, "method"))
-  method = METHODS[name](
-    encoder=make_encoder(**config.encoder.to_dict()),
-    views=view_specs(config),
-    run=Run(batch_size, steps_per_epoch, total_steps, num_classes),
-    **options,
+  run = Run(batch_size, steps_per_epoch, total_steps, num_classes)
+  method = accumulated(
+    make_method(config, run), config.accumulate, batch_size=batch_size, num_devices=mesh.size
   )
   optimizer, schedule = optim.make_optimizer(
     **config.optim,
@@ -128,6 +124,23 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
   return Experiment(
     config, mesh, method, optimizer, schedule, num_classes, steps_per_epoch, total_steps
   )
+
+
+def make_method(config: ConfigDict, run: Run) -> Method:
+  """The method of a config, its loss in one part."""
+  name, options = split_name(config.method)
+  if name not in METHODS:
+    raise ValueError(nearest(name, METHODS, "method"))
+  encoder = make_encoder(**config.encoder.to_dict())
+  return METHODS[name](encoder=encoder, views=view_specs(config), run=run, **options)
+
+
+def plain_method(experiment: Experiment) -> Method:
+  """The experiment's method without what is computed twice to save memory: no model FLOPs."""
+  config = experiment.config.copy_and_resolve_references()
+  config.encoder.remat = False
+  steps = experiment.steps_per_epoch, experiment.total_steps
+  return make_method(config, Run(config.batch_size, *steps, experiment.num_classes))
 
 
 def split_name(group: ConfigDict) -> tuple[str, dict[str, Any]]:

@@ -25,6 +25,7 @@ from ssrl_jax.experiment import (
   abstract_batch,
   abstract_state,
   create_state,
+  plain_method,
   training_sampling,
 )
 from ssrl_jax.flops import count_flops, peak_flops
@@ -212,7 +213,8 @@ def watched_names(experiment: Experiment) -> list[str]:
 
 def flops_per_step(experiment: Experiment) -> float:
   """Model FLOPs of one step's loss and gradients over the global batch; see ssrl_jax/flops.py."""
-  state, gradient = abstract_state(experiment), jax.grad(experiment.method.loss, has_aux=True)
+  loss = plain_method(experiment).loss
+  state, gradient = abstract_state(experiment), jax.grad(loss, has_aux=True)
   views = abstract_views(experiment)
   return count_flops(gradient, state.params, state.method_state, views, state.key, state.step)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import blocks, data, evaluate, index, scaling, step
+from benchmarks import accumulate, blocks, data, evaluate, index, scaling, step
 from configs import digits
 from ssrl_jax.data import index_cache
 
@@ -22,6 +22,16 @@ def test_blocks_benchmark_compares_equal_values_and_runs_nothing_over_its_limit(
   plain, cut = (blocks.measure("nt_xent", 64, 8, block, limit_gib=1.0) for block in (0, 16))
   assert plain["value"] == cut["value"]
   assert blocks.measure("nt_xent", 64, 8, 0, limit_gib=0.0)["seconds"] == "not run"
+
+
+def test_accumulate_benchmark_measures_equal_losses_in_parts():
+  config = digits.get_config("simclr")
+  config.update({"batch_size": 8})
+  config.encoder.name, config.encoder.vit.patch = "vit_pico", 8
+  whole, parts = accumulate.measure(config, [(1, False), (4, True)], rounds=1)
+  assert float(whole["loss"]) == pytest.approx(float(parts["loss"]), rel=1e-4)
+  assert whole["relative_time"] == 1
+  assert parts["kept_mib"] < whole["kept_mib"]
 
 
 def test_evaluate_benchmark_measures_each_part():

@@ -30,7 +30,7 @@ from ssrl_jax.method import (
   unfold_views,
   update_target,
 )
-from ssrl_jax.models.vit import NORMAL, Block, check_vit, sincos
+from ssrl_jax.models.vit import NORMAL, check_vit, make_block, sincos
 
 
 class Network(nn.Module):
@@ -57,7 +57,9 @@ class Network(nn.Module):
     x_CnE += jnp.asarray(sincos(side, side, self.dim)).reshape(1, n, self.dim)
     hide_Cn = hide_Bn.repeat(m, axis=0) & ~fold_views(target_BMn)
     for i in range(self.depth):
-      block = Block(self.heads, 0.0, self.encoder.dtype, name=f"block{i + 1}")
+      block = make_block(self.encoder.remat)(
+        self.heads, 0.0, self.encoder.dtype, name=f"block{i + 1}"
+      )
       x_CnE, _ = block(x_CnE, train, hide_Cn)
     x_CnE = nn.LayerNorm(name="norm")(x_CnE.astype(jnp.float32))
     predicted_CnD = nn.Dense(x_BnD.shape[-1], kernel_init=NORMAL, name="out")(x_CnE)

@@ -26,7 +26,7 @@ from ssrl_jax.method import (
   init_network,
   keep,
 )
-from ssrl_jax.models.vit import NORMAL, Block, check_vit, sincos
+from ssrl_jax.models.vit import NORMAL, check_vit, make_block, sincos
 
 
 class Network(nn.Module):
@@ -52,8 +52,9 @@ class Network(nn.Module):
     side = round(n**0.5)
     patches_BND += jnp.asarray(sincos(side, side, self.dim)).reshape(1, n, self.dim)
     x_BND = jnp.concatenate([tokens_BND[:, :split], patches_BND], axis=1)
+    block = make_block(self.encoder.remat)
     for i in range(self.depth):
-      x_BND, _ = Block(self.heads, 0.0, self.encoder.dtype, name=f"block{i + 1}")(x_BND, train)
+      x_BND, _ = block(self.heads, 0.0, self.encoder.dtype, name=f"block{i + 1}")(x_BND, train)
     x_BND = nn.LayerNorm(name="norm")(x_BND[:, split:].astype(jnp.float32))
     size = self.encoder.patch**2 * 3
     return features.pooled, nn.Dense(size, kernel_init=NORMAL, name="pixels")(x_BND)

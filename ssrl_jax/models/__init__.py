@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
-from ssrl_jax.models.resnet import make_resnet
+from ssrl_jax.models.resnet import NORMS, make_resnet
 from ssrl_jax.models.vit import make_vit
 
 ENCODERS = {
@@ -36,6 +36,8 @@ def make_encoder(
   *,
   name: str,
   dtype: str,
+  norm: str,
+  remat: bool,
   resnet: dict[str, Any],
   vit: dict[str, Any],
   fusion: dict[str, Any],
@@ -46,6 +48,8 @@ def make_encoder(
   Args:
     name: a key of `ENCODERS`.
     dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+    norm: of ResNets and of fusion and attention, "batch" or "group"; a ViT's is layer norm.
+    remat: the backward pass computes each block again instead of keeping its insides.
     resnet, vit: options of `make_resnet` and `make_vit`; the other family's are not used.
     fusion: enabled (wraps the encoder in a FusionEncoder), and FusionEncoder's fields.
     attention: enabled (wraps the encoder in an AttentionEncoder), and its fields.
@@ -55,11 +59,14 @@ def make_encoder(
     raise ValueError(f"no encoder {name!r}; nearest: {nearest!r}, all: {', '.join(ENCODERS)}")
   if dtype not in DTYPES:
     raise ValueError(f"dtype {dtype!r}: expected one of {DTYPES}")
-  encoder = ENCODERS[name](**(resnet if name.startswith("resnet") else vit), dtype=dtype)
+  if norm not in NORMS:
+    raise ValueError(f"norm {norm!r}: expected one of {NORMS}")
+  family = {**resnet, "norm": norm} if name.startswith("resnet") else vit
+  encoder = ENCODERS[name](**family, dtype=dtype, remat=remat)
   for wrapper, group in ((FusionEncoder, fusion), (AttentionEncoder, attention)):
     options = dict(group)
     enabled = options.pop("enabled")
     # Built also where it is not enabled, so that an unused key fails there too.
-    wrapped = wrapper(backbone=encoder, dtype=jnp.dtype(dtype), **options)
+    wrapped = wrapper(backbone=encoder, dtype=jnp.dtype(dtype), norm=norm, **options)
     encoder = wrapped if enabled else encoder
   return encoder

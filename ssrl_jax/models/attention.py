@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ssrl_jax.method import Array, Features
-from ssrl_jax.models.resnet import batch_norm, conv
+from ssrl_jax.models.resnet import conv, normalised
 from ssrl_jax.models.vit import NORMAL, enlarge
 
 
@@ -33,6 +33,7 @@ class AttentionEncoder(nn.Module):
   levels: int = 3  # of the coarsest maps
   reduction: int = 8  # of the channels, inside the channel attention
   dtype: Any = jnp.float32
+  norm: str = "batch"  # see models.resnet.normalised
 
   @nn.compact
   def __call__(self, images_BHWC: Array, train: bool) -> Features:
@@ -51,7 +52,7 @@ class AttentionEncoder(nn.Module):
       x_BHWC = self._attend_channels(features.maps[s], s)
       x_BHWC = self._attend_places(x_BHWC, s, train)
       x_BHWF = conv(self.width, 1, dtype=self.dtype, name=f"project{s}")(x_BHWC)
-      x_BHWF = nn.relu(batch_norm(train, dtype=self.dtype, name=f"project{s}_norm")(x_BHWF))
+      x_BHWF = nn.relu(self._normalised(x_BHWF, train, f"project{s}_norm"))
       weights_BHWA = self._pooling_weights(x_BHWF, s)
       vectors.append(pool(x_BHWF, weights_BHWA))
       factor = s // strides[0]
@@ -82,12 +83,13 @@ class AttentionEncoder(nn.Module):
     return x_BHWC * gate_BC[:, None, None]
 
   def _attend_places(self, x_BHWC: Array, stride: int, train: bool) -> Array:
-    """x * sigmoid(BatchNorm(conv 7x7 of the maximum and the mean over channels))."""
+    """x * sigmoid(norm(conv 7x7 of the maximum and the mean over channels))."""
     both = [largest(x_BHWC, axis=-1), jnp.mean(x_BHWC, axis=-1)]
     y_BHW1 = conv(1, 7, dtype=self.dtype, name=f"place{stride}")(jnp.stack(both, axis=-1))
-    return x_BHWC * nn.sigmoid(
-      batch_norm(train, dtype=self.dtype, name=f"place{stride}_norm")(y_BHW1)
-    )
+    return x_BHWC * nn.sigmoid(self._normalised(y_BHW1, train, f"place{stride}_norm"))
+
+  def _normalised(self, x_BHWC: Array, train: bool, name: str) -> Array:
+    return normalised(x_BHWC, kind=self.norm, train=train, dtype=self.dtype, name=name)
 
   def _pooling_weights(self, x_BHWF: Array, stride: int) -> Array:
     """float32 [B, H, W, A], each head's summing to 1."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ssrl_jax.method import Array, Features
-from ssrl_jax.models.resnet import batch_norm, conv
+from ssrl_jax.models.resnet import conv, normalised
 from ssrl_jax.models.vit import enlarge, shrink
 
 # What `pooled` concatenates: the backbone's own vector, the fused one, the vectors of all scales.
@@ -48,6 +48,7 @@ class FusionEncoder(nn.Module):
   )
   conv: str = "none"  # at every node, with BatchNorm: "none", "pointwise" 1x1 or "depthwise" 3x3
   dtype: Any = jnp.float32
+  norm: str = "batch"  # see models.resnet.normalised
 
   @nn.compact
   def __call__(self, images_BHWC: Array, train: bool) -> Features:
@@ -66,7 +67,8 @@ class FusionEncoder(nn.Module):
     for s in strides:
       x_BHWC = shrink(features.maps[s], grids[s] // s)
       x_BHWF = conv(self.width, 1, dtype=self.dtype, name=f"project{s}")(x_BHWC)
-      maps[s] = batch_norm(train, dtype=self.dtype, name=f"project{s}_norm")(x_BHWF)
+      norm = {"kind": self.norm, "train": train, "dtype": self.dtype}
+      maps[s] = normalised(x_BHWF, **norm, name=f"project{s}_norm")
     maps = self._fuse(maps, grids, train)
     scales_BSF = jnp.stack(
       [jnp.mean(maps[s].astype(jnp.float32), axis=(1, 2)) for s in strides], axis=1
@@ -89,13 +91,13 @@ class FusionEncoder(nn.Module):
       _, H, W, _ = maps[fine].shape
       # A map has ceil(H / stride) rows: twice the coarse one's, or one less.
       inputs = [maps[fine], enlarge(down[coarse], grids[coarse] // grids[fine])[:, :H, :W]]
-      down[fine] = Node(self.conv, self.dtype, name=f"top_down{fine}")(inputs, train)
+      down[fine] = Node(self.conv, self.dtype, self.norm, name=f"top_down{fine}")(inputs, train)
     up[strides[0]] = down[strides[0]]
     for fine, coarse in pairwise(strides):
       inputs = [maps[coarse], shrink(up[fine], grids[coarse] // grids[fine])]
       if coarse != strides[-1]:
         inputs.append(down[coarse])
-      up[coarse] = Node(self.conv, self.dtype, name=f"bottom_up{coarse}")(inputs, train)
+      up[coarse] = Node(self.conv, self.dtype, self.norm, name=f"bottom_up{coarse}")(inputs, train)
     return up
 
   def _attend(self, scales_BSF: Array) -> Array:
@@ -114,6 +116,7 @@ class Node(nn.Module):
 
   conv: str
   dtype: Any
+  norm: str = "batch"
   eps: float = 1e-4
 
   @nn.compact
@@ -127,5 +130,5 @@ class Node(nn.Module):
       width = x_BHWF.shape[-1]
       kernel, groups = (1, 1) if self.conv == "pointwise" else (3, width)
       x_BHWF = conv(width, kernel, dtype=self.dtype, groups=groups)(x_BHWF)
-      x_BHWF = batch_norm(train, dtype=self.dtype)(x_BHWF)
+      x_BHWF = normalised(x_BHWF, kind=self.norm, train=train, dtype=self.dtype)
     return nn.relu(x_BHWF)

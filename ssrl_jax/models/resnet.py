@@ -8,6 +8,7 @@ torch's is unbiased.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ DEPTHS = {
   101: ((3, 4, 23, 3), True),
 }
 STEMS = ("imagenet", "cifar")
+NORMS = ("batch", "group")
 
 
 def make_resnet(
@@ -36,10 +38,12 @@ def make_resnet(
   stem: str = "imagenet",
   zero_init: bool = True,
   dtype: str = "float32",
+  norm: str = "batch",
+  remat: bool = False,
 ) -> ResNet:
   """The ResNet of a depth in `DEPTHS`. `dtype` is the computation's; parameters are float32."""
   blocks, bottleneck = DEPTHS[depth]
-  return ResNet(blocks, bottleneck, width, stem, zero_init, jnp.dtype(dtype))
+  return ResNet(blocks, bottleneck, width, stem, zero_init, jnp.dtype(dtype), norm, remat)
 
 
 class ResNet(nn.Module):
@@ -56,6 +60,8 @@ class ResNet(nn.Module):
   )
   zero_init: bool = True  # every block starts as its shortcut (Goyal et al. 2017, section 5.1)
   dtype: Any = jnp.float32
+  norm: str = "batch"  # one of NORMS
+  remat: bool = False  # the backward pass computes each block again instead of keeping its insides
 
   @nn.compact
   def __call__(self, images_BHWC: Array, train: bool) -> Features:
@@ -65,18 +71,21 @@ class ResNet(nn.Module):
     kernel, stride = (7, 2) if large else (3, 1)
     x_BHWC = images_BHWC.astype(self.dtype)
     x_BHWC = conv(self.width, kernel, stride, dtype=self.dtype, name="stem_conv")(x_BHWC)
-    x_BHWC = nn.relu(batch_norm(train, dtype=self.dtype, name="stem_norm")(x_BHWC))
+    norm = partial(normalised, kind=self.norm, train=train, dtype=self.dtype)
+    x_BHWC = nn.relu(norm(x_BHWC, name="stem_norm"))
     if large:
       x_BHWC = nn.max_pool(x_BHWC, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     maps = {}
     for stage, count in enumerate(self.blocks):
       for i in range(count):
-        x_BHWC = Block(
+        x_BHWC = block(
           features=self.width * 2**stage,
           stride=2 if stage > 0 and i == 0 else 1,
           bottleneck=self.bottleneck,
           zero_init=self.zero_init,
           dtype=self.dtype,
+          norm=self.norm,
           name=f"stage{stage + 1}_block{i + 1}",
         )(x_BHWC, train)
       maps[(4 if large else 1) * 2**stage] = x_BHWC
@@ -91,23 +100,24 @@ class Block(nn.Module):
   bottleneck: bool
   zero_init: bool
   dtype: Any
+  norm: str = "batch"
 
   @nn.compact
   def __call__(self, x_BHWC: Array, train: bool) -> Array:
     conv_ = partial(conv, dtype=self.dtype)
-    norm = partial(batch_norm, train, dtype=self.dtype)
+    norm = partial(normalised, kind=self.norm, train=train, dtype=self.dtype)
     if self.bottleneck:
-      y_BHWC = nn.relu(norm()(conv_(self.features, 1)(x_BHWC)))
-      y_BHWC = nn.relu(norm()(conv_(self.features, 3, self.stride)(y_BHWC)))
+      y_BHWC = nn.relu(norm(conv_(self.features, 1)(x_BHWC)))
+      y_BHWC = nn.relu(norm(conv_(self.features, 3, self.stride)(y_BHWC)))
       y_BHWC = conv_(4 * self.features, 1)(y_BHWC)
     else:
-      y_BHWC = nn.relu(norm()(conv_(self.features, 3, self.stride)(x_BHWC)))
+      y_BHWC = nn.relu(norm(conv_(self.features, 3, self.stride)(x_BHWC)))
       y_BHWC = conv_(self.features, 3)(y_BHWC)
     scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
-    y_BHWC = norm(scale_init=scale_init)(y_BHWC)
+    y_BHWC = norm(y_BHWC, scale_init=scale_init)
     if x_BHWC.shape != y_BHWC.shape:
       x_BHWC = conv_(y_BHWC.shape[-1], 1, self.stride, name="shortcut_conv")(x_BHWC)
-      x_BHWC = norm(name="shortcut_norm")(x_BHWC)
+      x_BHWC = norm(x_BHWC, name="shortcut_norm")
     return nn.relu(x_BHWC + y_BHWC)
 
 
@@ -140,3 +150,15 @@ def batch_norm(train: bool, *, dtype: Any, **options: Any) -> nn.BatchNorm:
   return nn.BatchNorm(
     use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **options
   )
+
+
+def normalised(x: Array, *, kind: str, train: bool, dtype: Any, **options: Any) -> Array:
+  """`x` through a norm of its own, with scale and shift, made in the module that calls this.
+
+  kind "batch": see `batch_norm`. "group": GroupNorm (Wu & He 2018), which sees one image only, with
+  16 channels a group, or as many as divide both 16 and the channels.
+  """
+  if kind == "batch":
+    return batch_norm(train, dtype=dtype, **options)(x)
+  size = math.gcd(16, x.shape[-1])
+  return nn.GroupNorm(None, size, epsilon=1e-5, dtype=dtype, **options)(x)

@@ -39,10 +39,13 @@ def make_vit(
   drop_path: float = 0.0,
   pool: str = "class",
   dtype: str = "float32",
+  remat: bool = False,
 ) -> ViT:
   """The ViT of a size in `SIZES`. `dtype` is the computation's; parameters are float32."""
   dim, layers, heads = SIZES[size]
-  return ViT(dim, layers, heads, patch, registers, position, drop_path, pool, jnp.dtype(dtype))
+  return ViT(
+    dim, layers, heads, patch, registers, position, drop_path, pool, jnp.dtype(dtype), remat
+  )
 
 
 class ViT(nn.Module):
@@ -74,6 +77,7 @@ class ViT(nn.Module):
   drop_path: float = 0.0  # probability at the last block, linear from 0 at the first
   pool: str = "class"  # pooled: the class token, or the "mean" of the patches; after the LayerNorm
   dtype: Any = jnp.float32
+  remat: bool = False  # the backward pass computes each block again instead of keeping its insides
 
   @property
   def num_prefix(self) -> int:
@@ -114,7 +118,7 @@ class ViT(nn.Module):
     outputs = []
     for i in range(self.layers):
       rate = self.drop_path * i / max(1, self.layers - 1)
-      block = Block(self.heads, rate, self.dtype, name=f"block{i + 1}")
+      block = make_block(self.remat)(self.heads, rate, self.dtype, name=f"block{i + 1}")
       x_BND, attention_BANN = block(x_BND, train, hide_BN)
       outputs.append(x_BND)
     norm = nn.LayerNorm(dtype=self.dtype, name="norm")
@@ -196,6 +200,11 @@ class Block(nn.Module):
     y_BNM = nn.gelu(y_BNM, approximate=False)
     y_BND = nn.Dense(x_BND.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="mlp_out")(y_BNM)
     return x_BND + drop(y_BND), attention_BANN
+
+
+def make_block(remat: bool) -> type[Block]:
+  """`Block`, or with `remat` one whose insides the backward pass computes again."""
+  return nn.remat(Block, static_argnums=(2,)) if remat else Block
 
 
 class SelfAttention(nn.Module):

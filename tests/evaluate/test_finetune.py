@@ -29,7 +29,9 @@ def abstract_params(name, **wrappers):
   }  # fmt: skip
   for wrapper in wrappers:
     groups[wrapper]["enabled"] = True
-  encoder = make_encoder(name=name, dtype="float32", resnet=RESNET, vit=VIT, **groups)
+  encoder = make_encoder(
+    name=name, dtype="float32", norm="batch", remat=False, resnet=RESNET, vit=VIT, **groups
+  )
   images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
   return jax.eval_shape(
     lambda x: encoder.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, False),

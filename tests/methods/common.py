@@ -9,6 +9,7 @@ import numpy as np
 from configs import smoke
 from ssrl_jax.config import view_group
 from ssrl_jax.experiment import build, init_state
+from ssrl_jax.method import box_name
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import TrainState, named_leaves
 from ssrl_jax.train import abstract_views
@@ -141,6 +142,32 @@ def make_views(experiment):
     pictures = rng.normal(size=(shape.shape[0], 1, *shape.shape[2:]))
     views[name] = (pictures + 0.5 * rng.normal(size=shape.shape)).astype(np.float32)
   return views
+
+
+def random_like(tree):
+  """Arrays of these shapes: kernels keep the scale of what they get, variances are positive."""
+  rng = np.random.default_rng(1)
+
+  def draw(x):
+    fan_in = np.prod(x.shape[:-1])
+    many = rng.normal(0, fan_in**-0.5, x.shape) if x.ndim > 1 else rng.uniform(0.5, 1.5, x.shape)
+    return many.astype(np.float32)
+
+  return jax.tree.map(draw, tree)
+
+
+def random_inputs(method, batch_size=BATCH):
+  """Arguments of `method.loss`, all at random: a compiled init takes longer than a small loss."""
+  rng = np.random.default_rng(0)
+  views = {"label": rng.integers(0, 3, batch_size).astype(np.int32)}
+  for spec in method.views:
+    shape = (batch_size, spec.count, spec.size, spec.size, 3)
+    pictures = rng.normal(size=(batch_size, 1, *shape[2:]))
+    views[spec.name] = (pictures + rng.normal(size=shape)).astype(np.float32)
+    corner = rng.uniform(0, 0.5, (batch_size, spec.count, 2))
+    views[box_name(spec.name)] = np.concatenate([corner, corner + 0.5], axis=-1).astype(np.float32)
+  params, state = random_like(jax.eval_shape(method.init, jax.random.key(0), views))
+  return params, state, views, jax.random.key(1), np.int32(3)
 
 
 def assert_close(got, expected, *, scale=0.0):

@@ -227,12 +227,14 @@ def test_bfloat16_keeps_float32_vectors():
     assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.02
 
 
-@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize(("enabled", "norm"), [(False, "batch"), (True, "group")])
 @pytest.mark.parametrize("name", ENCODERS)
-def test_every_encoder_builds_abstractly(name, enabled):
+def test_every_encoder_builds_abstractly(name, enabled, norm):
   encoder = make_encoder(
     name=name,
     dtype="bfloat16",
+    norm=norm,
+    remat=True,
     resnet={"width": 8, "stem": "cifar", "zero_init": True},
     vit={"patch": 8, "registers": 1, "position": "sincos", "drop_path": 0.1, "pool": "mean"},
     fusion={
@@ -250,6 +252,8 @@ def test_every_encoder_builds_abstractly(name, enabled):
   )
   assert features.pooled.dtype == jnp.float32
   assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  # Each image by itself, unless a norm is over the batch.
+  assert ("batch_stats" in variables) == (norm == "batch" and name.startswith("resnet"))
   few = {"resnet6": 2, "resnet8": 3}
   assert len(features.maps) == (2 if enabled else few.get(name, 4))
   for stride, x in features.maps.items():
@@ -261,6 +265,8 @@ def test_make_encoder_names_what_is_wrong():
   good = {
     "name": "resnet18",
     "dtype": "float32",
+    "norm": "batch",
+    "remat": False,
     "resnet": {},
     "vit": {},
     "fusion": {"enabled": False},
@@ -270,6 +276,8 @@ def test_make_encoder_names_what_is_wrong():
     make_encoder(**good | {"name": "resnet19"})
   with pytest.raises(ValueError, match="dtype 'bf16'"):
     make_encoder(**good | {"dtype": "bf16"})
+  with pytest.raises(ValueError, match=r"norm 'layer'.*batch.*group"):
+    make_encoder(**good | {"norm": "layer"})
   with pytest.raises(TypeError, match="widht"):
     make_encoder(**good | {"resnet": {"widht": 8}})
   with pytest.raises(TypeError, match="widht"):

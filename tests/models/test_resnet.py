@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +179,23 @@ def test_batch_norm_reduces_bfloat16_in_float32():
   mean = mutated["batch_stats"]["mean"]
   assert mean.dtype == jnp.float32
   np.testing.assert_allclose(mean, 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (24, 3), (32, 2)])
+def test_group_norm_equals_numpy_on_each_image_and_group(channels, groups):
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return resnet.normalised(x, kind="group", train=True, dtype=jnp.float32, name="n")
+
+  np_rng = np.random.default_rng(0)
+  x = np_rng.normal(1.0, 2.0, size=(3, 5, 4, channels)).astype(np.float32)
+  scale, bias = np_rng.normal(size=(2, channels)).astype(np.float32)
+  y = Normed().apply({"params": {"n": {"scale": scale, "bias": bias}}}, x)
+  z = x.astype(np.float64).reshape(3, 20, groups, -1)
+  z = z - z.mean((1, 3), keepdims=True)
+  z = (z / np.sqrt((z**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
+  np.testing.assert_allclose(y, z * scale + bias, rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_stem_is_named():
