@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,44 +62,47 @@ def make_jpegs(photos: str, count: int) -> list[bytes]:
   return jpegs
 
 
-def cpu_rates(named: dict[str, Callable[[], int]], seconds: float) -> dict[str, float]:
-  """Pictures a second of processor time: the median over turns, which everything takes in order.
+Work = Callable[[float], tuple[int, float]]  # seconds it should take -> pictures, processor seconds
 
-  Each function does some work and returns how many pictures it was.
-  """
+
+def cpu_rates(named: dict[str, Work], seconds: float) -> dict[str, float]:
+  """Pictures a second of processor time: the median of three turns, taken in order."""
   rates: dict[str, list[float]] = {name: [] for name in named}
   for _ in range(3):
     for name, work in named.items():
-      start, count = time.process_time(), 0
-      while time.process_time() - start < seconds / 3:
-        count += work()
-      rates[name].append(count / (time.process_time() - start))
+      count, used = work(seconds / 3)
+      rates[name].append(count / used)
   return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def over(f: Callable[[Any], Any], items: list[Any]) -> Callable[[], int]:
-  """f on eight of the items, other ones at each call."""
-  calls = itertools.count()
+def over(f: Callable[[Any], Any], items: list[Any]) -> Work:
+  """f on each of the items, again and again."""
 
-  def work() -> int:
-    first = 8 * next(calls)
-    for i in range(first, first + 8):
-      f(items[i % len(items)])
-    return 8
+  def work(seconds: float) -> tuple[int, float]:
+    start, count = time.process_time(), 0
+    while not count or time.process_time() - start < seconds:
+      for item in items:
+        f(item)
+      count += len(items)
+    return count, time.process_time() - start
 
   return work
 
 
-def turn(start: Callable[[], Iterator[Any]], batch: int, seconds: float) -> Callable[[], int]:
-  """Starts a pipeline, and takes at least six of its batches; it runs in nobody else's turn."""
+def turn(open_pipeline: Callable[[], Iterator[Any]], batch: int) -> Work:
+  """Starts a pipeline, takes at least six of its batches, and waits until it has stopped."""
 
-  def work() -> int:
-    batches, begin, count = start(), time.process_time(), 0
-    while count < 6 or time.process_time() - begin < seconds:
+  def work(seconds: float) -> tuple[int, float]:
+    threads, start, count = threading.active_count(), time.process_time(), 0
+    batches = open_pipeline()
+    while count < 6 or time.process_time() - start < seconds:
       next(batches)
       count += 1
+    used = time.process_time() - start
     batches.close()
-    return batch * count
+    while threading.active_count() > threads:
+      time.sleep(0.01)
+    return batch * count, used
 
   return work
 
@@ -117,11 +120,11 @@ def measure_parts(jpegs: list[bytes], canvas: int, seconds: float) -> list[dict[
   """A picture's way to the canvas, part by part, over the bare decoder."""
   pixels = [simplejpeg.decode_jpeg(data) for data in jpegs]
   images = [Image.fromarray(p) for p in pixels]
-  size = decoder.fit(WIDTH, HEIGHT, canvas)
+  size, placed = decoder.fit(WIDTH, HEIGHT, canvas), np.zeros((canvas, canvas, 3), np.uint8)
   named = {
     BARE: over(simplejpeg.decode_jpeg, jpegs),
     "Pillow's decoder": over(lambda data: np.asarray(Image.open(io.BytesIO(data))), jpegs),
-    "ssrl_jax decode": over(lambda data: decoder.decode(data, canvas=canvas), jpegs),
+    "ssrl_jax decode": over(lambda data: decoder.decode_onto(placed, data), jpegs),
     "Pillow alone": over(lambda data: pillow_canvas(data, canvas), jpegs),
   }
   if size != (WIDTH, HEIGHT):
@@ -213,7 +216,7 @@ def measure_pipelines(
   folder: Path, jpegs: list[bytes], canvas: int, seconds: float
 ) -> list[dict[str, Any]]:
   """Files of a folder to shuffled batches of 64, one thread."""
-  source, third = Jpegs(folder, 20), seconds / 3
+  source = Jpegs(folder, 20)
 
   def ours() -> Iterator[Any]:
     return train_batches(source, seed=0, batch_size=64, start_step=0, canvas=canvas)
@@ -224,8 +227,8 @@ def measure_pipelines(
   rates = cpu_rates(
     {
       BARE: over(simplejpeg.decode_jpeg, jpegs),
-      "ssrl_jax, any number of views": turn(ours, 64, third),
-      "Grain and Pillow": turn(plain, 64, third),
+      "ssrl_jax, any number of views": turn(ours, 64),
+      "Grain and Pillow": turn(plain, 64),
     },
     seconds,
   )
@@ -265,8 +268,7 @@ def measure_small(folder: Path, form: str, seconds: float) -> list[dict[str, Any
   def plain() -> Iterator[Any]:
     return plain_grain(source.records, decoded, 512)
 
-  third = seconds / 3
-  named = {"ssrl_jax": turn(ours, 512, third), "Grain and Pillow": turn(plain, 512, third)}
+  named = {"ssrl_jax": turn(ours, 512), "Grain and Pillow": turn(plain, 512)}
   return [
     row(f"ArrayRecord, 32 px, {form}", name, r) for name, r in cpu_rates(named, seconds).items()
   ]
@@ -331,7 +333,7 @@ def main() -> None:
   parser.add_argument("--batches", type=int, default=100_000)
   parser.add_argument("--name", default="data")
   options = parser.parse_args()
-  jpegs = make_jpegs(options.photos, 64)
+  jpegs = make_jpegs(options.photos, 32)
   kilobytes = np.mean([len(data) for data in jpegs]) / 1000
   print(f"{len(jpegs)} JPEGs of {kilobytes:.0f} KB, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
   with tempfile.TemporaryDirectory() as root:
