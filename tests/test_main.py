@@ -310,7 +310,8 @@ def test_folder_with_too_many_damaged_files_stops_and_goes_on_when_that_is_allow
   for i in range(1, 6):
     (tmp_path / "set" / "train" / "dark" / f"{i}.png").write_bytes(b"")
   arguments = (
-    SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{tmp_path / 'set'}",
+    SMOKE + ":simclr", f"--workdir={tmp_path / 'run'}",
+    f"--config.data.source=folder:{tmp_path / 'set'}",
     "--config.data.num_train=0", "--config.steps=6", "--config.checkpoint.every_steps=1",
     "--config.evaluate.evals=", "--config.evaluate.report=False",
   )  # fmt: skip
@@ -319,7 +320,6 @@ def test_folder_with_too_many_damaged_files_stops_and_goes_on_when_that_is_allow
   assert "raise data.max_bad_fraction" in line
   saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
   assert max(saved, default=0) < stopped  # nothing of the step that was too much is kept
-  assert f"step {stopped}: " in fails_with_one_line(*arguments)  # again, when it is resumed
   code, _, err = run(*arguments, "--config.data.max_bad_fraction=0.2")
   assert code == 0, err
   assert results(tmp_path / "run")["damaged"] == 6
