@@ -90,11 +90,16 @@ def over(f: Callable[[Any], Any], items: list[Any]) -> Work:
 
 
 def turn(open_pipeline: Callable[[], Iterator[Any]], batch: int) -> Work:
-  """Starts a pipeline, takes at least six of its batches, and waits until it has stopped."""
+  """Starts a pipeline, takes at least six of its batches, and waits until it has stopped.
+
+  What it reads ahead when the time begins stands for what it has read ahead when it ends.
+  """
 
   def work(seconds: float) -> tuple[int, float]:
-    threads, start, count = threading.active_count(), time.process_time(), 0
-    batches = open_pipeline()
+    threads, batches = threading.active_count(), open_pipeline()
+    for _ in range(3):
+      next(batches)
+    start, count = time.process_time(), 0
     while count < 6 or time.process_time() - start < seconds:
       next(batches)
       count += 1
