@@ -37,7 +37,9 @@ MOVED = {
 }
 SUMMED = {
   "barlow_twins": lambda b, v, m, e: m["out_dim"] ** 2,
-  **dict.fromkeys(("vicreg", "vicregl"), lambda b, v, m, e: v * m["out_dim"] ** 2),
+  "vicreg": lambda b, v, m, e: v * m["out_dim"] ** 2,
+  # Beside it two covariances for each match, by place and by feature, in both directions.
+  "vicregl": lambda b, v, m, e: v * m["out_dim"] ** 2 + 8 * m["num_matches"] * m["maps_dim"] ** 2,
   "swav": lambda b, v, m, e: (
     2 * m["num_prototypes"] * m["iterations"] * (1 + (m["queue_size"] > 0))
   ),
@@ -52,6 +54,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   """Bytes that a device must send in a step, by purpose.
 
   gradients: each summed once; of an array that is cut, scattered, the array itself gathered once.
+  state: what is cut of targets and queues, gathered once.
   moments: of each BatchNorm and pass, two forwards and, where there is a gradient, two backwards.
   loss: see MOVED and SUMMED. health: a covariance, and the cosines of up to 512 embeddings.
   scalars: figures of the step, and a sum of squares of every tensor watched.
@@ -66,6 +69,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
       return 2 * around(n) * size
     return 2 * around(fsdp) * size + 2 * around(n // fsdp) * size / fsdp
 
+  held = [x for x in jax.tree.leaves(state.method_state) if not x.sharding.is_fully_replicated]
   trained = (state.params, state.probe.params if state.probe else ())
   stats = lambda tree: sum(4 * x.size for x in jax.tree.leaves(tree))  # noqa: E731
   online = stats(state.method_state["batch_stats"])
@@ -81,6 +85,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   summed = SUMMED.get(name, lambda *_: 0)(b, v, options, e)
   return {
     "gradients": sum(gradient(x) for x in jax.tree.leaves(trained)),
+    "state": sum(around(fsdp) * 4 * x.size for x in held),
     "moments": 2 * around(n) * (2 * passes * online + target),
     "loss": 4 * around(n) * (moved + 2 * summed),
     "health": 4 * around(n) * (2 * min(b, p) ** 2 + min(b, 512) * p),

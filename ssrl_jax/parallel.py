@@ -132,6 +132,23 @@ def state_shardings(abstract_state: Any, mesh: Mesh, *, min_size: int) -> Any:
   return jax.tree.map(rule, abstract_state)
 
 
+def gathered(tree: Any, mesh: Mesh) -> Any:
+  """Inside a compiled program: what is cut of the state, whole on every device.
+
+  Left to itself the compiler gathers a parameter for each of its uses, or gathers activations.
+  """
+  if mesh.shape[FSDP] == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def cut(tree: Any, mesh: Mesh, *, min_size: int) -> Any:
+  """Inside a compiled program: arrays of the state where they live, the inverse of `gathered`."""
+  if mesh.shape[FSDP] == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, state_shardings(tree, mesh, min_size=min_size))
+
+
 def quick_compile() -> dict[str, int] | None:
   """Options of jax.jit for a program that runs once: on a CPU, compile it without optimising.
 

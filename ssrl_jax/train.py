@@ -69,16 +69,19 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
   """
   method, optimizer = experiment.method, experiment.optimizer
   probe_options = experiment.config.probe.to_dict()
+  mesh, min_size = experiment.mesh, experiment.config.mesh.min_size
 
   def train_step(state, batch):
     view_key, loss_key = step_keys(state.key, state.step)
     views = loss_views(experiment, view_key, batch, state.step)
+    whole = parallel.gathered((state.params, state.method_state), mesh)
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
-      state.params, state.method_state, views, loss_key, state.step
+      *whole, views, loss_key, state.step
     )
+    grads, method_state = parallel.cut((grads, aux.method_state), mesh, min_size=min_size)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, method_state = method.after_update(params, aux.method_state, state.step)
+    params, method_state = method.after_update(params, method_state, state.step)
     probe, probe_metrics = state.probe, {}
     if probe:
       probe, probe_metrics = update_probe(probe, aux.features, batch["label"], **probe_options)
