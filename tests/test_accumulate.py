@@ -69,7 +69,6 @@ FAMILIES = {
   "moco_v2": {},  # a queue and a target; no BatchNorm anywhere
   "swav": LOCAL | {"method.queue_size": 0},  # Sinkhorn over the batch; local views
   "vicreg": {},  # covariance over the batch
-  "jigsaw": {},  # nine rows of an image are one example of its network
 }
 
 
@@ -123,7 +122,7 @@ def test_memory_falls_with_the_number_of_parts():
 
 
 def test_what_goes_along_with_an_image_is_cut_alike():
-  """As the order of MAE's patches; V rows of an example may be one more or less than its views."""
+  """As the order of MAE's patches; and an example's rows stay together, as jigsaw's tiles."""
   image_N, order_NK = jnp.arange(16.0), jnp.arange(32).reshape(16, 2)
 
   def apply(part, args, kwargs):
