@@ -138,6 +138,8 @@ def make_method(config: ConfigDict, run: Run) -> Method:
 def plain_method(experiment: Experiment) -> Method:
   """The experiment's method without what is computed twice to save memory: no model FLOPs."""
   config = experiment.config.copy_and_resolve_references()
+  if config.accumulate == 1 and not config.encoder.remat:
+    return experiment.method
   config.encoder.remat = False
   steps = experiment.steps_per_epoch, experiment.total_steps
   return make_method(config, Run(config.batch_size, *steps, experiment.num_classes))

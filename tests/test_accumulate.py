@@ -1,6 +1,5 @@
 """Parts of a batch give the gradient of the whole, with less memory, or are refused."""
 
-import functools
 import re
 
 import flax.linen as nn
@@ -18,7 +17,6 @@ from ssrl_jax.method import Features, Run
 from ssrl_jax.methods import METHODS
 from ssrl_jax.train import abstract_views, flops_per_step
 from tests.methods.common import (
-  FAST,
   LOCAL,
   VIT,
   assert_close,
@@ -60,7 +58,7 @@ def small_method(name, overrides, *, batch_size=8, encoder=None):
 
 def compiled_gradient(method, arguments, **options):
   gradient = jax.value_and_grad(method.loss, has_aux=True)
-  return jax.jit(gradient, compiler_options=FAST, **options).lower(*arguments).compile()
+  return jax.jit(gradient, **options).lower(*arguments).compile()
 
 
 # One of each family of losses, of each way in which a method applies its networks.
@@ -142,7 +140,7 @@ def test_parts_draw_their_dropout_apart():
   images = jnp.ones((8, 16, 16, 3))
   params = random_like(jax.eval_shape(lambda x: network.init(key, x, False), images)["params"])
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def pooled():
     with nn.intercept_methods(cut_networks(4, batch_size=8)):
       return network.apply({"params": params}, images, True, rngs={"dropout": key}).pooled

@@ -14,7 +14,7 @@ from ssrl_jax.losses.contrastive import nt_xent
 from ssrl_jax.method import push
 from ssrl_jax.models.vit import shrink
 from ssrl_jax.train import compile_step
-from tests.methods.common import BATCH, CASES, FAST, make_experiment
+from tests.methods.common import BATCH, CASES, make_experiment
 
 LAYOUTS = {
   "replicated": {},
@@ -59,7 +59,7 @@ def steps(request):
   for layout, experiment in layouts(request.param).items():
     start = start or jax.device_get(create_state(experiment)._replace(key=()))
     shapes = abstract_state(experiment)
-    compiled = compile_step(experiment, shapes, compiler_options=FAST)
+    compiled = compile_step(experiment, shapes)
     key = jax.device_put(jax.random.key(0), shapes.key.sharding)
     shardings = jax.tree.map(lambda x: x.sharding, shapes._replace(key=()))
     state, losses = jax.device_put(start, shardings)._replace(key=key), []
