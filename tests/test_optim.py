@@ -200,7 +200,8 @@ def test_clip_cuts_the_norm_of_the_whole_gradient_before_the_rule():
 
 
 def test_clip_leaves_small_gradients_as_they_are():
-  jax.tree.map(np.testing.assert_array_equal, updated(clip_norm=1e3), updated())
+  with jax.disable_jit():  # two compiled programs may round differently
+    jax.tree.map(np.testing.assert_array_equal, updated(clip_norm=1e3), updated())
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 12, 20])
