@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,10 +200,8 @@ def test_clip_cuts_the_norm_of_the_whole_gradient_before_the_rule():
 
 
 def test_clip_leaves_small_gradients_as_they_are():
-  same = functools.partial(
-    np.testing.assert_allclose, rtol=1e-6, atol=1e-6
-  )  # another program, other rounding
-  jax.tree.map(same, updated(clip_norm=1e3), updated())
+  with jax.disable_jit():  # two compiled programs may round differently
+    jax.tree.map(np.testing.assert_array_equal, updated(clip_norm=1e3), updated())
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 12, 20])
