@@ -56,7 +56,8 @@ def header_and_body(record: Record) -> tuple[list[str], list[list[str]]]:
       title = column["title"]
       no_cost = not compared(column) and row["encoder"] != "trained"  # a control trains nothing
       found = list(row["cells"][title].values())
-      cells.append("-" if no_cost else spread(found, column["decimals"]))
+      fewer = f" ({len(found)})" if 0 < len(found) < run else ""
+      cells.append("-" if no_cost else spread(found, column["decimals"]) + fewer)
       if claimed(record, title):
         cells.append(f"{row['claims'][title]:g}" if title in row["claims"] else "")
     body.append(cells)
@@ -105,7 +106,7 @@ def markdown(record: Record, *, command: str) -> str:
     lines += [f"Lead of {record['subject']}, seed by seed:", "", *grid(*gaps(record)), ""]
   if any(row["claims"] for row in record["rows"]):
     lines += [f"Claims are those of {record['source']}; they are not ours.", ""]
-  lines += ["Mean ± sample standard deviation over seeds. Command:", "", f"    {command}", ""]
+  lines += ["Mean ± sample standard deviation over seeds; (n): over n of them. Command:", "", f"    {command}", ""]
   trainings = {
     f"`{row['recipe']}`" + "".join(f" `{k}={v}`" for k, v in row["overrides"].items()): None
     for row in record["rows"]

@@ -148,7 +148,7 @@ def test_divergence_is_counted_and_leaves_the_mean_alone(tmp_path):
   stand_in = Stand_in(diverges=lambda c: "--config.seed=2" in c)
   assert make(tmp_path, stand_in, table=table) == []
   text = tables.write_table(tmp_path / "t", tables.measured(table, [tmp_path]), command="c")
-  assert "| fusion | 3 of 3 | 51.0 ± 1.4 | 77.8 | 1.50 ± 0.00 | 0.33 ± 0.58 |" in text
+  assert "| fusion | 3 of 3 | 51.0 ± 1.4 (2) | 77.8 | 1.50 ± 0.00 (2) | 0.33 ± 0.58 |" in text
 
 
 def test_a_run_that_came_to_its_end_after_all_did_not_diverge(tmp_path):
