@@ -61,6 +61,11 @@ class _Instruction(NamedTuple):
   rest: str  # its attributes
 
 
+class _Computation(NamedTuple):
+  instructions: list[_Instruction]
+  users: dict[str, list[_Instruction]]  # of each value
+
+
 def collectives(text: str) -> list[Collective]:
   """Every collective of a compiled program's text (`compiled.as_text()`), one for each array.
 
@@ -81,24 +86,29 @@ def summary(found: Iterable[Collective]) -> dict[str, float]:
   return {kind: total for kind, total in sums.items() if total}
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-  computations, entry, current = {}, "", []
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+  computations, entry, current = {}, "", None
   for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
     if header := _COMPUTATION.match(line):
-      current = computations.setdefault(header[2], [])
+      current = computations.setdefault(header[2], _Computation([], {}))
       entry = header[2] if header[1] else entry
     elif match := _INSTRUCTION.match(line):
       name, shape, op, operands, rest = match.groups()
-      current.append(_Instruction(name, shape, op, re.findall(r"[\w.\-]+", operands), rest))
+      used = re.findall(r"[\w.\-]+", operands)
+      instruction = _Instruction(name, shape, op, used, rest)
+      current.instructions.append(instruction)
+      for operand in dict.fromkeys(used):
+        current.users.setdefault(operand, []).append(instruction)
   return computations, entry
 
 
 def _walk(computations: dict, name: str, times: int, everyone: int) -> Iterator[Collective]:
-  body = computations.get(name, [])
-  for instruction in body:
+  if name not in computations:
+    return
+  for instruction in computations[name].instructions:
     kind = instruction.op.removesuffix("-start")
     if kind in KINDS:
-      yield from _of_instruction(instruction, kind, times, everyone, body, computations)
+      yield from _of_instruction(instruction, kind, times, everyone, computations, name)
       continue
     trips = _TRIPS.search(instruction.rest)
     for one, several in _CALLED.findall(instruction.rest):
@@ -107,7 +117,7 @@ def _walk(computations: dict, name: str, times: int, everyone: int) -> Iterator[
 
 
 def _of_instruction(
-  instruction: _Instruction, kind: str, times: int, everyone: int, body: list, computations: dict
+  instruction: _Instruction, kind: str, times: int, everyone: int, computations: dict, inside: str
 ) -> Iterator[Collective]:
   sizes = [math.prod(dims) * bits // 8 for bits, dims in _arrays(instruction.shape)]
   if instruction.op == "all-gather-start":  # what goes in, then what comes out
@@ -119,7 +129,9 @@ def _of_instruction(
   for i, size in enumerate(sizes):
     if kind == "reduce-scatter":
       size *= len(groups[0])
-    parts = kind == "all-reduce" and _kept_in_part(instruction, i, len(sizes), body, computations)
+    parts = kind == "all-reduce" and _kept_in_part(
+      instruction, i, len(sizes), computations[inside].users, computations
+    )
     yield Collective(
       "reduce-scatter" if parts else kind, size, groups, times, source[1] if source else ""
     )
@@ -135,37 +147,31 @@ def _arrays(shape: str) -> list[tuple[int, list[int]]]:
 
 
 def _kept_in_part(
-  instruction: _Instruction, index: int, num_results: int, body: list, computations: dict
+  instruction: _Instruction, index: int, num_results: int, users: dict, computations: dict
 ) -> bool:
   """Whether all that is done with a result is to cut a part out of it."""
-  name = instruction.name
-  if num_results > 1:
-    mine = [
-      i.name
-      for i in body
-      if i.op == "get-tuple-element"
-      and i.operands == [name]
-      and re.search(rf"index={index}\b", i.rest)
-    ]
-    return bool(mine) and all(_only_cut(m, body, computations) for m in mine)
-  return _only_cut(name, body, computations)
+  if num_results == 1:
+    return _only_cut(instruction.name, users, computations)
+  taken = users.get(instruction.name, [])
+  mine = [i.name for i in taken if re.search(rf"index={index}\b", i.rest)]
+  return bool(mine) and all(_only_cut(name, users, computations) for name in mine)
 
 
-def _only_cut(name: str, body: list, computations: dict) -> bool:
-  users = [i for i in body if name in i.operands]
-  for user in users:
+def _only_cut(name: str, users: dict, computations: dict) -> bool:
+  for user in users.get(name, []):
     if user.op in ("bitcast", "copy", "transpose", "reshape", "all-reduce-done"):
-      if not _only_cut(user.name, body, computations):
+      if not _only_cut(user.name, users, computations):
         return False
     elif user.op == "fusion":
-      inside = computations[_CALLED.search(user.rest)[1]]
+      fused = computations[_CALLED.search(user.rest)[1]]
       numbers = [str(i) for i, operand in enumerate(user.operands) if operand == name]
-      mine = [i.name for i in inside if i.op == "parameter" and i.operands[0] in numbers]
-      if not all(_only_cut(m, inside, computations) for m in mine):
+      parameters = [i for i in fused.instructions if i.op == "parameter"]
+      mine = [i.name for i in parameters if i.operands[0] in numbers]
+      if not all(_only_cut(p, fused.users, computations) for p in mine):
         return False
     elif user.op != "dynamic-slice":
       return False
-  return bool(users)
+  return name in users
 
 
 def _groups(attributes: str, everyone: int) -> tuple[tuple[int, ...], ...]:
