@@ -43,6 +43,7 @@ SUMMED = {
   "swav": lambda b, v, m, e: (
     2 * m["num_prototypes"] * m["iterations"] * (1 + (m["queue_size"] > 0))
   ),
+  "lejepa": lambda b, v, m, e: v * m["num_directions"] * 2 * 17,  # cosines and sines at 17 points
   "dino": lambda b, v, m, e: m["num_prototypes"],
   "ibot": lambda b, v, m, e: 2 * m["num_prototypes"],
   "fusion": lambda b, v, m, e: v * e * m["out_dim"] ** 2,  # for batches above out_dim
