@@ -106,7 +106,12 @@ def markdown(record: Record, *, command: str) -> str:
     lines += [f"Lead of {record['subject']}, seed by seed:", "", *grid(*gaps(record)), ""]
   if any(row["claims"] for row in record["rows"]):
     lines += [f"Claims are those of {record['source']}; they are not ours.", ""]
-  lines += ["Mean ± sample standard deviation over seeds; (n): over n of them. Command:", "", f"    {command}", ""]
+  lines += [
+    "Mean ± sample standard deviation over seeds; (n): over n of them. Command:",
+    "",
+    f"    {command}",
+    "",
+  ]
   trainings = {
     f"`{row['recipe']}`" + "".join(f" `{k}={v}`" for k, v in row["overrides"].items()): None
     for row in record["rows"]
