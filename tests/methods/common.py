@@ -3,6 +3,8 @@
 Tiny everywhere: ResNet-6 of width 4, 16 pixels, 8 images, so that 8 devices hold one image each.
 """
 
+import os
+
 import jax
 import numpy as np
 
@@ -85,12 +87,16 @@ TINY = {
 }
 TINY_OPTIONS = {name: {"hidden_dim": 12, "out_dim": 6} for name in ("simclr", "vicreg")}
 BATCH = 8
-# What conftest.py turns down, as users have it.
+# What conftest.py turns down of it, as users have it.
 DEFAULT_EFFORT = {
-  "xla_backend_optimization_level": 3,
-  "xla_llvm_disable_expensive_passes": False,
-  "xla_cpu_use_fusion_emitters": True,
-  "xla_cpu_parallel_codegen_split_count": 32,
+  name: value
+  for name, value in {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_parallel_codegen_split_count": 32,
+    "xla_cpu_use_fusion_emitters": True,
+  }.items()
+  if name in os.environ["XLA_FLAGS"]
 }
 
 
