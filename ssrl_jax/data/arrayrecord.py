@@ -70,8 +70,8 @@ class ArrayRecordSource:
   def __getitem__(self, i: int) -> dict[str, Any]:
     return self._example(i, self._record(i))
 
-  def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-    return [self._example(i, r) for i, r in zip(positions, self._read(np.asarray(positions)))]
+  def read_together(self, positions: Sequence[int]) -> dict[int, dict[str, Any]]:
+    return {i: self._example(i, r) for i, r in zip(positions, self._read(np.asarray(positions)))}
 
   def _example(self, i: int, record: dict[str, Any]) -> dict[str, Any]:
     pictures = record["pictures"]

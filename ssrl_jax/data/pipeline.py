@@ -24,7 +24,7 @@ import numpy as np
 from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
 from ssrl_jax.data.decode import DamagedImage, Picture, decode_onto
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
-from ssrl_jax.data.sources import Source, check_frames
+from ssrl_jax.data.sources import Source, check_frames, read_together
 
 Example = dict[str, Any]  # what a source gives
 ChooseFrames = Callable[[int], np.ndarray]  # number of a clip's frames -> those to show
@@ -258,12 +258,9 @@ class _Reader:
     return batch
 
   def _read_together(self, ids: np.ndarray) -> dict[int, Example]:
-    """{position: example} of a source that reads many at once faster; of others nothing."""
-    if not hasattr(self.source, "__getitems__"):
-      return {}
-    positions = np.unique(position(ids[ids != PADDING])).tolist()
+    """{position: example} of those that the source reads faster at once."""
     try:
-      return dict(zip(positions, self.source.__getitems__(positions)))
+      return read_together(self.source, np.unique(position(ids[ids != PADDING])).tolist())
     except DamagedImage:  # which one, reading them by themselves will tell
       return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from ssrl_jax.data.listing import choose_columns, describe, find_split
@@ -37,8 +38,8 @@ class TfdsSource:
   def __getitem__(self, i: int) -> dict[str, Any]:
     return self._example(self._records[i])
 
-  def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
-    return [self._example(record) for record in self._records.__getitems__(positions)]
+  def read_together(self, positions: Sequence[int]) -> dict[int, dict[str, Any]]:
+    return dict(zip(positions, map(self._example, self._records.__getitems__(positions))))
 
   def _example(self, record: dict[str, Any]) -> dict[str, Any]:
     return {"image": record[self._image], "label": int(record[self._label]) if self._label else -1}

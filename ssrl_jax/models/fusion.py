@@ -30,11 +30,16 @@ POOLED = {
   "backbone_fused": ("backbone", "fused"),
   "backbone_scales": ("backbone", "scales"),
 }
+# What `maps` holds. The fused maps alone are narrow: a linear head reads more from both.
+MAPS = ("fused", "backbone_fused")
 CONVS = ("none", "pointwise", "depthwise")
 
 
 class FusionEncoder(nn.Module):
-  """Images [B, H, W, 3] -> Features with `maps` (F = width channels), `scales` and `fused`.
+  """Images [B, H, W, 3] -> Features with `maps`, `scales` and `fused`.
+
+  `maps` are the backbone's, at the strides of the fused ones with these (F = width channels) behind
+  them; or the fused ones alone.
 
   Departs from BiFPN: nearest and mean resizing without convolutions between scales, ReLU after a
   node's (optional) convolution and not before it, one pass.
@@ -43,6 +48,7 @@ class FusionEncoder(nn.Module):
   backbone: nn.Module  # images, train -> Features
   width: int = 128
   pooled: str = "backbone_scales"  # a key of POOLED
+  maps: str = "backbone_fused"  # one of MAPS
   coarsen: int = (
     0  # the finest maps that first are averaged to the next one's grid: saves most time
   )
@@ -52,7 +58,9 @@ class FusionEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, images_BHWC: Array, train: bool) -> Features:
-    for name, value, valid in (("pooled", self.pooled, POOLED), ("conv", self.conv, CONVS)):
+    valid_of = {"pooled": POOLED, "maps": MAPS, "conv": CONVS}
+    for name, valid in valid_of.items():
+      value = getattr(self, name)
       if value not in valid:
         raise ValueError(f"{name} {value!r}: expected one of {tuple(valid)}")
     features = self.backbone(images_BHWC, train)
@@ -82,6 +90,9 @@ class FusionEncoder(nn.Module):
     pooled_BD = jnp.concatenate([vectors[name] for name in POOLED[self.pooled]], axis=-1)
     # Where two scales share a grid, the map of the coarser one has seen the finer one's.
     maps = {grids[s]: maps[s] for s in strides}
+    if self.maps == "backbone_fused":
+      both = {s: [features.maps[s], *([maps[s]] if s in maps else [])] for s in strides}
+      maps = {s: jnp.concatenate(x, axis=-1) for s, x in both.items()}
     return features._replace(pooled=pooled_BD, maps=maps, scales=scales_BSF, fused=fused_BF)
 
   def _fuse(self, maps: dict[int, Array], grids: dict[int, int], train: bool) -> dict[int, Array]:

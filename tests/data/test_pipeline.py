@@ -8,7 +8,7 @@ from PIL import Image
 from ssrl_jax.data import pipeline
 from ssrl_jax.data.pipeline import MAX_DAMAGED, PADDING, eval_batches, train_batches
 from ssrl_jax.data.sampling import Sampling, position
-from ssrl_jax.data.sources import open_source
+from ssrl_jax.data.sources import Mixture, Subset, open_source
 
 SIDE = 8
 
@@ -424,9 +424,9 @@ def test_reader_goes_to_workers_without_its_threads():
 class Together(Greys):
   """Reads many at once."""
 
-  def __getitems__(self, positions):
+  def read_together(self, positions):
     self.asked = getattr(self, "asked", 0) + 1
-    return [self[i] for i in positions]
+    return {i: self[i] for i in positions}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -436,3 +436,14 @@ def test_reading_together_changes_no_batch(threads):
   assert_same(take(source, 5, **options), take(Greys(20, damaged), 5, **options))
   assert_same(evaluate(source, batch_size=8), evaluate(Greys(20, damaged), batch_size=8))
   assert 5 + 3 <= source.asked <= 5 + 3 + 3  # once a batch; some are read ahead
+
+
+def test_parts_and_mixtures_read_together_what_their_sources_do():
+  whole, other = Together(20), Greys(20)
+  mixed = Mixture([other, Subset(whole, 12, seed=0)])
+  assert_same(take(mixed, 5), take(Mixture([other, Subset(Greys(20), 12, seed=0)]), 5))
+  assert 5 <= whole.asked <= 5 + 3
+  positions = [3, 19, 25, 31]  # of the second: -1, -1, 5, 11
+  inner = mixed.parts[1].positions
+  together = mixed.read_together(positions)
+  assert {i: x["image"].max() for i, x in together.items()} == {25: inner[5], 31: inner[11]}

@@ -6,7 +6,7 @@ import pytest
 
 from ssrl_jax.method import Features
 from ssrl_jax.models import ENCODERS, make_encoder
-from ssrl_jax.models.fusion import POOLED, FusionEncoder, Node
+from ssrl_jax.models.fusion import MAPS, POOLED, FusionEncoder, Node
 from ssrl_jax.models.resnet import ResNet
 from ssrl_jax.models.vit import ViT
 
@@ -61,7 +61,7 @@ def test_features_have_the_shapes_of_the_contract(backbone, pooled):
   fused, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, True), images)
   dim = plain.pooled.shape[1]
   assert {s: m.shape for s, m in fused.maps.items()} == {
-    s: (*m.shape[:3], 6) for s, m in plain.maps.items()
+    s: (*m.shape[:3], m.shape[3] + 6) for s, m in plain.maps.items()
   }
   assert list(fused.maps) == sorted(fused.maps)
   scales = 6 * fused.scales.shape[1]
@@ -77,7 +77,7 @@ def test_constant_maps_by_hand():
   # Sides 5, 3, 2 are those of strides 1, 2, 4 of a picture of 5 x 5 pixels.
   constants = {1: 1.0, 2: 4.0, 4: 16.0}
   values = {s: np.full((1, -(-5 // s), -(-5 // s), 1), c, np.float32) for s, c in constants.items()}
-  model = FusionEncoder(Maps(values), width=1)
+  model = FusionEncoder(Maps(values), width=1, maps="fused")
   variables = identity_projections(random_variables(model, (1, 5, 5, 3)), 1)
   features = jax.jit(lambda v, x: model.apply(v, x, False))(variables, jnp.zeros((1, 5, 5, 3)))
   # Top-down: (4 + 16)/2 = 10, (1 + 10)/2 = 5.5; bottom-up: (4 + 10 + 5.5)/3 = 6.5, (16 + 6.5)/2.
@@ -106,7 +106,7 @@ def test_fusion_of_random_maps_equals_numpy():
   np_rng = np.random.default_rng(0)
   sizes = {4: (2, 3), 1: (7, 9), 2: (4, 5)}  # in no order, odd
   values = {s: np_rng.normal(size=(2, *hw, 3)).astype(np.float32) for s, hw in sizes.items()}
-  model = FusionEncoder(Maps(values), width=3)
+  model = FusionEncoder(Maps(values), width=3, maps="fused")
   variables = identity_projections(random_variables(model, (2, 7, 9, 3)), 3)
   params = variables["params"]
   weights = {
@@ -187,7 +187,7 @@ def test_node_convolution_has_the_named_parameters(conv):
 
 
 def test_coarsen_averages_the_finest_map_and_keeps_its_scale():
-  model = FusionEncoder(RESNET, width=6, coarsen=1, pooled="scales")
+  model = FusionEncoder(RESNET, width=6, coarsen=1, pooled="scales", maps="fused")
   images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
   features, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, True), images)
   assert {s: m.shape for s, m in features.maps.items()} == {2: (2, 8, 8, 6), 4: (2, 4, 4, 6)}
@@ -195,10 +195,24 @@ def test_coarsen_averages_the_finest_map_and_keeps_its_scale():
   assert features.pooled.shape == (2, 18)
 
 
+def test_maps_are_the_backbones_and_behind_them_the_fused_ones():
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+  fused, both = (FusionEncoder(RESNET, width=6, coarsen=1, maps=m) for m in MAPS)
+  variables = random_variables(fused, images.shape)
+  bare = {k: v["backbone"] for k, v in variables.items()}
+  fused, both = (m.apply(variables, images, False).maps for m in (fused, both))
+  plain = RESNET.apply(bare, images, False).maps
+  assert (list(fused), list(both)) == ([2, 4], [1, 2, 4])
+  for s, map_BHWC in both.items():
+    expected = [plain[s], *([fused[s]] if s in fused else [])]
+    np.testing.assert_allclose(map_BHWC, np.concatenate(expected, axis=-1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
     ({"pooled": "all"}, "pooled 'all'.*backbone.*fused.*backbone_scales"),
+    ({"maps": "all"}, "maps 'all'.*fused.*backbone_fused"),
     ({"conv": "3x3"}, "conv '3x3'.*none.*pointwise.*depthwise"),
     ({"coarsen": 3}, "coarsen 3: the backbone has maps of strides .*0 to 2 can be averaged"),
   ],
@@ -255,7 +269,7 @@ def test_every_encoder_builds_abstractly(name, enabled, norm):
   # Each image by itself, unless a norm is over the batch.
   assert ("batch_stats" in variables) == (norm == "batch" and name.startswith("resnet"))
   few = {"resnet6": 2, "resnet8": 3}
-  assert len(features.maps) == (2 if enabled else few.get(name, 4))
+  assert len(features.maps) == (2 if enabled else few.get(name, 4))  # attention has `levels`
   for stride, x in features.maps.items():
     assert x.shape[:3] == (2, 32 // stride, 32 // stride)
   assert (features.scales is not None) == enabled
