@@ -128,12 +128,17 @@ def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(
   assert json.loads((folder / "data.json").read_text()) == {"num_examples": 128, "num_classes": 10}
 
 
-def test_evaluate_names_the_nearest_option(finished):
+def test_evaluate_names_the_nearest_option_and_what_a_file_must_be(finished):
   folder, _, _ = finished
-  for argument in ("--evaluate.knn.kk=3", "--data.sourc=x"):
+  meant = "did you mean"
+  for argument, expected in (
+    ("--evaluate.knn.kk=3", meant),
+    ("--data.sourc=x", meant),
+    ("--out=figures", "figures: expected a file NAME.json"),
+  ):
     code, _, err = run(f"--workdir={folder}", argument, module=EVALUATE)
     assert code == 1
-    assert "did you mean" in err
+    assert expected in err
 
 
 def deterministic(record: dict) -> dict:

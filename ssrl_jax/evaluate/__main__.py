@@ -60,11 +60,15 @@ def cli(argv: list[str]) -> int:
       values,
     )  # fmt: skip
     flags.DEFINE_string("other", "", "A second run's folder, for what compares two.", values)
-    flags.DEFINE_string("out", "", "File of the figures; default: WORKDIR/evaluation.json", values)
+    flags.DEFINE_string(
+      "out", "", "NAME.json for the figures; default: WORKDIR/evaluation.json", values
+    )
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     values(argv, known_only=True)
     if not values.workdir:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")
+    if values.out and not values.out.endswith(".json"):
+      raise ValueError(f"--out={values.out}: expected a file NAME.json; pictures go into NAME")
     config = load_config(Path(values.workdir))
     known = [key for key in flatten(config) if key.split(".")[0] in GROUPS]
     for key in [a.removeprefix("--").split("=")[0] for a in argv]:
