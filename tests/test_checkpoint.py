@@ -46,8 +46,7 @@ def make_state(step: int, *, num_devices: int = 1) -> TrainState:
 def saved(folder, steps, **options) -> Checkpoints:
   checkpoints = Checkpoints(folder, **({"keep": 3, "keep_best": 0} | options))
   for step in steps:
-    checkpoints.save(make_state(step), step=step, score=float(-step))
-  checkpoints.wait()
+    checkpoints.finish(make_state(step), step=step, score=float(-step))
   return checkpoints
 
 
@@ -122,8 +121,7 @@ def test_damaged_checkpoint_falls_back_to_the_older_one(tmp_path, caplog, damage
   assert "checkpoint of step 3 cannot be used" in caplog.text
   assert "trying step 2" in caplog.text
   assert (tmp_path / "damaged" / "3").is_dir()  # nothing is thrown away
-  checkpoints.save(make_state(3), step=3, score=0.0)  # and its place is free again
-  checkpoints.wait()
+  checkpoints.finish(make_state(3), step=3, score=0.0)  # and its place is free again
   assert checkpoints.steps() == [2, 3]
 
 
@@ -168,7 +166,8 @@ def test_donated_state_is_saved_as_it_was(tmp_path):
   wreck = jax.jit(lambda s: s._replace(params=jax.tree.map(lambda x: x * 0, s.params)),
                   donate_argnums=0)  # fmt: skip
   wreck(state)
-  checkpoints.wait()
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0)
   assert state_digest(checkpoints.restore(abstract(make_state(0)))) == expected
 
 
@@ -184,11 +183,10 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
     big = np.random.default_rng(0).normal(size=(512, 512))
     state = TrainState(*jax.tree.map(jax.numpy.asarray, (2, {{"w": big}}, {{}}, (), (), 0)),
                        jax.random.key(0))
-    checkpoints = Checkpoints({str(tmp_path)!r}, keep=3, keep_best=0)
+    checkpoints = Checkpoints({str(tmp_path)!r}, keep=3, keep_best=0, retries=1, retry_seconds=0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     try:
-      checkpoints.save(state, step=2, score=0.0)
-      checkpoints.wait()
+      checkpoints.finish(state, step=2, score=0.0)
     except CheckpointError as error:
       print("caught:", error)
   """
@@ -196,5 +194,5 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
     [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
   )
   assert "caught: could not save a checkpoint" in out.stdout, out.stderr
-  assert "The one of step 1 is safe" in out.stdout
+  assert "the one of step 1 is safe" in out.stdout
   assert int(Checkpoints(tmp_path, keep=3, keep_best=0).restore(abstract(make_state(0))).step) == 1
