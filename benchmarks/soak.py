@@ -28,6 +28,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import write_results
+
 KILLS_A_RUN = 5
 STEPS, EPOCH, SAVE_EVERY = 26, 6, 4
 SHARED = (
@@ -215,7 +217,7 @@ def soak_table(*, kills: int, root: Path, draw: random.Random) -> dict[str, Any]
       print(f"table: {done} kills", flush=True)
   start(root / "table-killed").wait()
   same = cells(root / "table-killed") == cells(root / "table-whole")
-  return {"what": "table of 4 runs", "kills": done, "equal": str(same)}
+  return {"what": "table of 4 runs", "kills": done, "equal evaluation": str(same)}
 
 
 def main() -> None:
@@ -235,11 +237,13 @@ def main() -> None:
     for i, name in enumerate(names):
       kills = options.kills * (i + 1) // len(names) - options.kills * i // len(names)
       rows.append(soak(forks, name, kills=kills, root=Path(root), draw=draw))
-    table = soak_table(kills=options.tables, root=Path(root), draw=draw) if options.tables else {}
-  from benchmarks.common import write_results  # imports JAX, which a process that forks must not
-
-  print(table)
-  write_results(options.name, rows)
+      write_results(options.name, rows)
+    if options.tables:
+      row = soak_table(kills=options.tables, root=Path(root), draw=draw)
+      write_results(options.name, [*rows, dict.fromkeys(rows[0], "") | row])
+  if any(row[key] != f"{row['runs']} of {row['runs']}" for row in rows for key in row
+         if key.startswith("equal")):  # fmt: skip
+    sys.exit("not all are equal")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ come to by then, while it goes on.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import logging
 import shutil
 import time
@@ -91,6 +93,8 @@ class Checkpoints:
     meta = {"step": step, "checksums": checksum_table(state)}
     item = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     with self._counted(step), _quiet():
+      if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
+        raise FileNotFoundError(f"{self.folder} has vanished")
       if step not in self._manager.all_steps():
         self._manager.save(step, args=item, metrics={"score": score})
       self._due, self._saving = None, True
@@ -147,10 +151,12 @@ class Checkpoints:
       )  # fmt: skip
 
   def _reopen(self) -> None:
+    """Orbax's manager anew, if the folder is there; it is not made again where it has vanished."""
     with _quiet(), contextlib.suppress(Exception):
       self._manager.close()
-    with _quiet():
-      self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+    with _quiet(), contextlib.suppress(Exception):
+      options = dataclasses.replace(self._options, create=False)
+      self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> TrainState | None:
     """The newest checkpoint that is whole, onto the shardings of `abstract_state`; None if none is.
@@ -190,17 +196,16 @@ class Checkpoints:
 
   def _restore_patiently(self, step: int, abstract_state: TrainState) -> TrainState:
     """Tries once more, and `retries` times while the files themselves cannot be read."""
-    for attempt in range(self._retries + 1):
+    for attempt in itertools.count():
       try:
         return self._restore_step(step, abstract_state)
       except Exception as error:
         reason = _unreadable(self.folder / str(step))
-        if (attempt and not reason) or not self._retries:
-          raise
-        if reason and attempt == self._retries:
+        if reason and attempt >= self._retries:
           raise Unreadable(reason) from error
+        if not reason and attempt:
+          raise
         time.sleep(self._retry_seconds * 2**attempt if reason else 0)
-    raise AssertionError("unreachable")
 
   def _restore_step(self, step: int, abstract_state: TrainState) -> TrainState:
     item = ocp.args.Composite(

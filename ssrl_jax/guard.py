@@ -88,8 +88,7 @@ class Guard:
   Args:
     options: the config group `guard`.
     total_steps: of the run.
-    watched: names of what `first_bad` indexes.
-    num_dimensions: of the embeddings that the health figures are of.
+    watched: names of what `first_bad` indexes; dimensions of the embeddings judged for health.
     writes: whether this is process 0.
   """
 
@@ -101,12 +100,11 @@ class Guard:
     workdir: Path,
     *,
     total_steps: int,
-    watched: list[str],
-    num_dimensions: int,
+    watched: tuple[list[str], int],
     writes: bool,
   ):
-    self._options, self._names, self._writes = options, watched, writes
-    self._workdir, self._num_dimensions = workdir, num_dimensions
+    self._options, self._workdir, self._writes = options, workdir, writes
+    self._names, self._num_dimensions = watched
     self._quiet_until = max(50, total_steps // 10)
     self._collapsed = 0
 

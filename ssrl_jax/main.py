@@ -29,7 +29,7 @@ from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import Facts, alone_in, open_run_folder, write_results
 from ssrl_jax.state import TrainState
-from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
+from ssrl_jax.train import num_parameters, train, views_fed, watched_tensors
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe, FILE or FILE:METHOD.", lock_config=True
@@ -99,7 +99,7 @@ def judge(
   evaluated = evaluate_run(experiment, state, source, test, evals=config.evaluate.evals, say=say)
   write_results(folder, experiment, state, evaluated.results, command=command, started=started)
   if config.evaluate.report:
-    views, size = views_fed(experiment, state.key, source), embedding_size(experiment)
+    views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)
     if evaluated.evaluation:
       figures = gather(evaluated.evaluation, views=views, embedding_size=size)
     else:

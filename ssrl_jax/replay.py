@@ -22,7 +22,7 @@ from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
 from ssrl_jax.guard import read_bad_step
 from ssrl_jax.run_folder import load_config
-from ssrl_jax.train import compile_step, training_batches, watched_names
+from ssrl_jax.train import compile_step, training_batches, watched_tensors
 
 
 def replay(
@@ -46,7 +46,7 @@ def replay(
   state = state or create_state(experiment)
   first = int(state.step)
   say(f"from step {first}, {step - 1 - first} steps to go before step {step}")
-  run, names = compile_step(experiment, state), watched_names(experiment)
+  run, (names, _) = compile_step(experiment, state), watched_tensors(experiment)
   if first < step - 1:
     batches = training_batches(experiment, source, start_step=first)
     for _ in range(first, step - 1):

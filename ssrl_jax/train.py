@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,16 +229,12 @@ def compile_resident_step(
   return _donating(step, experiment, state).lower(state, ids, arrays).compile()
 
 
-def watched_shapes(experiment: Experiment) -> Any:
+def watched_tensors(experiment: Experiment) -> tuple[list[str], int]:
+  """The names of what `first_bad` indexes; dimensions of what the health figures are of."""
   step = make_train_step(experiment)
   *_, watched = jax.eval_shape(step, abstract_state(experiment), abstract_batch(experiment))
-  return watched
-
-
-def watched_names(experiment: Experiment) -> list[str]:
-  """The names of what `first_bad` indexes."""
-  names = [name.split("_", 1)[1] for name, _ in named_leaves(watched_shapes(experiment))]
-  return [*names, SPIKE]
+  names = [name.split("_", 1)[1] for name, _ in named_leaves(watched)]
+  return [*names, SPIKE], watched["3_embeddings"].shape[-1]
 
 
 def flops_per_step(experiment: Experiment) -> float:
@@ -291,8 +288,7 @@ def train(
     config.guard,
     workdir,
     total_steps=total,
-    watched=watched_names(experiment),
-    num_dimensions=embedding_size(experiment),
+    watched=watched_tensors(experiment),
     writes=jax.process_index() == 0,
   )
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
@@ -315,37 +311,27 @@ def train(
         say(progress_line(step, total, figures, config.batch_size))
 
   pending, step = [], first
-  with stop_on_sigterm() as stopped:
-    try:
-      while step < total:
-        before, pending = pending, []
-        for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
-          start = time.perf_counter()
-          batch = next(steps.batches)
-          watch.waited(time.perf_counter() - start)
-          state, metrics = steps.run(state, batch)
-          step += 1
-          pending.append((step, metrics, batch))
-        settle(before)  # while those given just now run
-        stop = stopped()
-        last = step == total or stop
-        if step % save_every == 0 or last or checkpoints.due():
-          settle(pending)
-          pending = []
-          save = checkpoints.finish if last else checkpoints.save
-          save(state, step=step, score=latest.get("probe/accuracy", 0.0))
-        if stop:
-          break
-    finally:
-      steps.batches.close()
-      writer.close()
-      checkpoints.close()
+  with stop_on_sigterm() as stopped, closing(checkpoints), closing(writer), closing(steps.batches):
+    while step < total:
+      before, pending = pending, []
+      for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
+        start = time.perf_counter()
+        batch = next(steps.batches)
+        watch.waited(time.perf_counter() - start)
+        state, metrics = steps.run(state, batch)
+        step += 1
+        pending.append((step, metrics, batch))
+      settle(before)  # while those given just now run
+      stop = stopped()
+      last = step == total or stop
+      if step % save_every == 0 or last or checkpoints.due():
+        settle(pending)
+        pending = []
+        save = checkpoints.finish if last else checkpoints.save
+        save(state, step=step, score=latest.get("probe/accuracy", 0.0))
+      if stop:
+        break
   return state, int(state.step) >= total
-
-
-def embedding_size(experiment: Experiment) -> int:
-  """Dimensions of what the health figures are computed of."""
-  return watched_shapes(experiment)["3_embeddings"].shape[-1]
 
 
 def views_fed(
