@@ -10,7 +10,6 @@ come to by then, while it goes on.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import shutil
@@ -95,6 +94,8 @@ class Checkpoints:
     with self._counted(step), _quiet():
       if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
         raise FileNotFoundError(f"{self.folder} has vanished")
+      if self._failures:
+        self._reopen()
       if step not in self._manager.all_steps():
         self._manager.save(step, args=item, metrics={"score": score})
       self._due, self._saving = None, True
@@ -135,8 +136,7 @@ class Checkpoints:
       yield
     except Exception as error:
       self._failures += 1
-      self._reopen()
-      complete = self.steps()
+      complete = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
       what = f"could not save a checkpoint{'' if step is None else f' at step {step}'}"
       safe = f"the one of step {complete[-1]} is safe" if complete else "none was saved before"
       if self._failures > self._retries or jax.process_count() > 1:
@@ -151,12 +151,11 @@ class Checkpoints:
       )  # fmt: skip
 
   def _reopen(self) -> None:
-    """Orbax's manager anew, if the folder is there; it is not made again where it has vanished."""
+    """Orbax's manager anew, which looks what there is."""
     with _quiet(), contextlib.suppress(Exception):
       self._manager.close()
-    with _quiet(), contextlib.suppress(Exception):
-      options = dataclasses.replace(self._options, create=False)
-      self._manager = ocp.CheckpointManager(self.folder, options=options)
+    with _quiet():
+      self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
   def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> TrainState | None:
     """The newest checkpoint that is whole, onto the shardings of `abstract_state`; None if none is.
@@ -195,7 +194,8 @@ class Checkpoints:
     return None
 
   def _restore_patiently(self, step: int, abstract_state: TrainState) -> TrainState:
-    """Tries once more, and `retries` times while the files themselves cannot be read."""
+    """Tries `retries` times while its files cannot be read, and twice when they can."""
+    wrong = 0  # times that they could be read
     for attempt in itertools.count():
       try:
         return self._restore_step(step, abstract_state)
@@ -203,7 +203,8 @@ class Checkpoints:
         reason = _unreadable(self.folder / str(step))
         if reason and attempt >= self._retries:
           raise Unreadable(reason) from error
-        if not reason and attempt:
+        wrong += not reason
+        if wrong == 2:
           raise
         time.sleep(self._retry_seconds * 2**attempt if reason else 0)
 

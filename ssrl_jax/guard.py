@@ -7,7 +7,6 @@ in WORKDIR/bad_steps/STEP.npz, for `python -m ssrl_jax.replay`, and stops the ru
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import zipfile
@@ -21,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssrl_jax.data.sampling import position
+from ssrl_jax.files import write_json
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import collapse
 
@@ -134,7 +134,7 @@ class Guard:
       return False
     if self._writes:
       record = {"step": step, "first_bad_tensor": name, "ids": ids}
-      (self._workdir / "non_finite.json").write_text(json.dumps(record))
+      write_json(self._workdir / "non_finite.json", record)
     count = f" for the {in_a_row:.0f}th time in a row (guard.patience)" if in_a_row else ""
     raise FloatingPointError(
       f"{what}{count}; images {ids[:8]}{' ...' if len(ids) > 8 else ''}, all of them in "

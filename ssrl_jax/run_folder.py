@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ssrl_jax.config import base_config, changed_keys, flatten
 from ssrl_jax.data.damaged import read_damaged
 from ssrl_jax.experiment import Experiment
+from ssrl_jax.files import write_json
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.state import TrainState, state_digest
 
@@ -57,6 +58,16 @@ def alone_in(folder: Path) -> Iterator[None]:
     file.write(f"{os.getpid()} on {platform.node()}")
     file.flush()
     yield
+
+
+def wait_until_free(folder: Path, say: Callable[[str], None]) -> None:
+  """Returns when no process is at work in the folder, and says so if it has to wait."""
+  with contextlib.suppress(OSError), (folder / ".lock").open() as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      say(f"{folder}: waiting for the process {file.read()} that is at work in it")
+      fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
@@ -103,13 +114,6 @@ def load_config(folder: Path) -> ConfigDict:
   config = base_config(saved["method"]["name"])
   config.update(ConfigDict(saved))
   return config
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes the whole file or nothing."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(partial, path)
 
 
 def write_results(

@@ -172,6 +172,23 @@ def test_killed_run_resumes_to_the_same_bytes(method, tmp_path):
   ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_same_command_ends_with_the_same_bytes(num_devices, tmp_path):
+  arguments = [
+    SMOKE,
+    "--config.steps=3",
+    "--config.evaluate.evals=",
+    "--config.evaluate.report=False",
+  ]
+  digests = []
+  for name in ("a", "b"):
+    code, _, err = run(*arguments, f"--workdir={tmp_path / name}", num_devices=num_devices)
+    assert code == 0, err
+    digests.append(results(tmp_path / name)["state_digest"])
+  assert digests[0] == digests[1]
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
   arguments = [SMOKE, "--config.steps=100000", "--config.checkpoint.every_steps=100000",
                "--config.epochs=1", f"--workdir={tmp_path}"]  # fmt: skip
