@@ -67,13 +67,17 @@ class Checkpoints:
     self._failures, self._due, self._saving = 0, None, False
     newest = policies.LatestN(keep)
     best = policies.BestN(get_metric_fn=lambda m: m["score"], n=keep_best)
-    self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy([newest, best] if keep_best else [newest]),
-      enable_async_checkpointing=not read_only,
-      read_only=read_only,
-      create=not read_only,
-      cleanup_tmp_directories=not read_only,
-    )
+    kept = policies.AnyPreservationPolicy([newest, best] if keep_best else [newest])
+    with _quiet():
+      self._options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept,
+        enable_async_checkpointing=not read_only,
+        read_only=read_only,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+      )
+    # When one array cannot be written Orbax forgets the others' errors, which asyncio then prints.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with _quiet():
       self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
