@@ -6,7 +6,8 @@ python -m benchmarks.loop [--recipe=configs/digits.py] [--method=simclr] [--enco
 At each log line, every `steps` steps, `train` is held up for as many bare steps: machines drift.
 Checkpoints are as frequent as the recipe's, at least two are in it. Sums over all rounds but the
 first; the median is of the rounds' ratios, so without most that a checkpoint costs. Processor time
-is that of all threads for a step; wall time also has what else ran on the machine. There is no evaluation within a run, so nothing is compiled in it after the first step.
+is that of all threads for a step; wall time also has what else ran on the machine. There is no
+evaluation within a run, so nothing is compiled in it after the first step.
 """
 
 from __future__ import annotations

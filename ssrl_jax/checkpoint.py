@@ -155,7 +155,7 @@ class Checkpoints:
       )  # fmt: skip
 
   def _reopen(self) -> None:
-    """Orbax's manager anew, which looks what there is."""
+    """Orbax's manager anew, which looks what there is and removes what was written in vain."""
     with _quiet(), contextlib.suppress(Exception):
       self._manager.close()
     with _quiet():
