@@ -94,7 +94,9 @@ class Checkpoints:
     if not self._ended():
       return
     meta = {"step": step, "checksums": checksum_table(state)}
-    item = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    item = ocp.args.Composite(
+      state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
+    )
     with self._counted(step), _quiet():
       if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
         raise FileNotFoundError(f"{self.folder} has vanished")
@@ -214,16 +216,17 @@ class Checkpoints:
 
   def _restore_step(self, step: int, abstract_state: TrainState) -> TrainState:
     item = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+      state=ocp.args.StandardRestore(_saved(abstract_state)), meta=ocp.args.JsonRestore()
     )
     with _quiet():
       restored = self._manager.restore(step, args=item)
-    expected, got = restored.meta["checksums"], checksum_table(restored.state)
+    state = abstract_state._replace(**restored.state)
+    expected, got = restored.meta["checksums"], checksum_table(state)
     wrong = [name for name in got if got[name] != expected.get(name)]
     if wrong or expected.keys() - got.keys():
       names = ", ".join((wrong or sorted(expected.keys() - got.keys()))[:3])
       raise CheckpointError(f"the checksum of {names} is not the one saved")
-    return restored.state
+    return state
 
   def _set_aside(self, step: int) -> None:
     if self._read_only or jax.process_count() > 1:
@@ -233,6 +236,11 @@ class Checkpoints:
     shutil.rmtree(target / str(step), ignore_errors=True)
     shutil.move(self.folder / str(step), target / str(step))
     self._reopen()
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+  """The fields of a state, but for an empty guard: checkpoints that are older have none."""
+  return {k: v for k, v in state._asdict().items() if k != "guard" or v}
 
 
 def _line(error: Exception) -> str:

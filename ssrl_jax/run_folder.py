@@ -84,7 +84,7 @@ def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_cha
         f"{folder} holds a run of method {old['method']['name']!r}, not {config.method.name!r}; "
         "choose another --workdir"
       )
-    changed = changed_keys(old, config)
+    changed = changed_keys(load_config(folder), config)
     if changed and not allow_change:
       raise ValueError(
         f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
