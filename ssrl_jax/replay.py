@@ -69,7 +69,9 @@ def cli(argv: list[str]) -> int:
   def program() -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "The run's folder.", values)
-    flags.DEFINE_integer("step", 0, "Which: NUMBER of a file bad_steps/NUMBER.npz.", values)
+    flags.DEFINE_integer(
+      "step", 0, "Which: NUMBER of a file bad_steps/NUMBER.npz.", flag_values=values
+    )
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     values(argv)
     if not values.workdir or values.step < 1:
