@@ -1,49 +1,35 @@
-"""What the loop costs on top of the bare compiled step: pictures streamed, or kept on the devices.
+"""What the loop costs on top of the bare compiled step: reading, logging, saving, all of `train`.
 
 python -m benchmarks.loop [--recipe=configs/digits.py] [--method=simclr] [--encoder=resnet6]
-  [--batch=64] [--steps=8] [--rounds=5] [--name=loop]
+  [--batch=64] [--steps=10] [--rounds=10] [--name=loop]
 
-The three take turns of `steps` steps, since machines drift; medians over the rounds. Processor time
-is that of all threads of the process for a step, wall time also has what else ran on the machine.
+At each log line, every `steps` steps, `train` is held up for as many bare steps: machines drift.
+Checkpoints are as frequent as the recipe's, at least two are in it. Sums over all rounds but the
+first; the median is of the rounds' ratios, so without most that a checkpoint costs. Processor time
+is that of all threads for a step; wall time also has what else ran on the machine. There is no
+evaluation within a run, so nothing is compiled in it after the first step.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.common import write_results
 from ssrl_jax import parallel
 from ssrl_jax.config import load_file
-from ssrl_jax.experiment import build, create_state, open_split
-from ssrl_jax.train import Steps, compile_step, make_steps
+from ssrl_jax.experiment import Experiment, build, create_state, open_split
+from ssrl_jax.train import compile_step, train, training_batches
 
 
-class Loop:
-  """`train`'s way through its steps, without what is written."""
-
-  def __init__(self, steps: Steps, state: Any):
-    self.steps, self._state, self._pending, self.waited = steps, state, [], 0.0
-
-  def __call__(self, num_steps: int) -> None:
-    for done in range(0, num_steps, self.steps.most):
-      before, self._pending = self._pending, []
-      for _ in range(min(self.steps.most, num_steps - done)):
-        start = time.perf_counter()
-        batch = next(self.steps.batches)
-        self.waited += time.perf_counter() - start
-        self._state, metrics = self.steps.run(self._state, batch)
-        self._pending.append(metrics)
-      jax.device_get(before)
-    jax.block_until_ready(self._state)
-
-
-def bare(experiment: Any, batch: dict[str, Any]) -> Callable[[int], None]:
+def bare(experiment: Experiment, batch: dict[str, Any]) -> Callable[[int], None]:
   """The compiled step over one batch that stays on the devices."""
   state = [create_state(experiment)]
   step, batch = compile_step(experiment, state[0]), parallel.to_device(batch, experiment.mesh)
@@ -56,43 +42,52 @@ def bare(experiment: Any, batch: dict[str, Any]) -> Callable[[int], None]:
   return run
 
 
-def measure(config: Any, *, steps: int, rounds: int) -> list[dict[str, Any]]:
+class Turns:
+  """`train`'s `say`: takes the time since its last line, then that of as many bare steps."""
+
+  def __init__(self, run: Callable[[int], None], steps: int):
+    self._run, self._steps, self._last, self.laps = run, steps, None, []
+
+  def __call__(self, line: str) -> None:
+    if not line.startswith("step "):
+      return
+    jax.block_until_ready(jax.live_arrays())  # a step that is under way is `train`'s
+    looped = self._now()
+    self._run(self._steps)
+    end = self._now()
+    if self._last is not None:
+      self.laps.append((looped - self._last, end - looped))
+    self._last = end
+
+  def _now(self) -> np.ndarray:
+    """Seconds on the wall, and of processor time."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def measure(config: Any, *, cache: str, steps: int, rounds: int) -> dict[str, Any]:
+  config.data.cache, config.steps, config.log.every_steps = cache, steps * rounds, steps
+  config.checkpoint.every_steps = min(config.checkpoint.every_steps, steps * rounds // 2)
+  config.optim.warmup_epochs = 0.0
   source = open_split(config, "train")
-  kinds: dict[str, Callable[[int], None]] = {}
-  for name, cache in (("streamed", ""), ("kept on the devices", "device")):
-    config.data.cache = cache
-    experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
-    made = make_steps(experiment, source, start_step=0)
-    if not cache:
-      kinds["bare step"] = bare(experiment, next(made.batches))
-    kinds[name] = Loop(made, create_state(experiment))
-  wall: dict[str, list[float]] = {name: [] for name in kinds}
-  processor: dict[str, list[float]] = {name: [] for name in kinds}
-  for f in kinds.values():
-    f(1)
-  for _ in range(rounds):
-    for name, f in kinds.items():
-      start, cpu = time.perf_counter(), time.process_time()
-      f(steps)
-      wall[name].append((time.perf_counter() - start) / steps)
-      processor[name].append((time.process_time() - cpu) / steps)
-  rows = []
-  for name, f in kinds.items():
-    used, first = statistics.median(processor[name]), statistics.median(processor["bare step"])
-    looped = isinstance(f, Loop)
-    rows.append(
-      {
-        "loop": name,
-        "batch": config.batch_size,
-        "wall_ms": 1e3 * statistics.median(wall[name]),
-        "processor_ms": 1e3 * used,
-        "processor_over_bare": used / first,
-        "waited_percent": 100 * f.waited / (sum(wall[name]) * steps) if looped else 0.0,
-      }
-    )
-    if looped:
-      f.steps.batches.close()
-  return rows
+  experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+  batches = training_batches(experiment, source, start_step=0)
+  turns = Turns(bare(experiment, next(batches)), steps)
+  batches.close()
+  with tempfile.TemporaryDirectory(prefix="ssrl_jax_loop_") as workdir:
+    train(experiment, source, Path(workdir), say=turns)
+  loop, alone = 1e3 * np.sum(turns.laps, axis=0) / (steps * len(turns.laps))
+  return {
+    "loop": "kept on the devices" if cache else "streamed",
+    "batch": config.batch_size,
+    "steps": steps * len(turns.laps),
+    "loop_wall_ms": loop[0],
+    "bare_wall_ms": alone[0],
+    "rate_percent": 100 * alone[0] / loop[0],
+    "loop_processor_ms": loop[1],
+    "bare_processor_ms": alone[1],
+    "rate_by_processor_percent": 100 * alone[1] / loop[1],
+    "median_percent": 100 * np.median([own[1] / whole[1] for whole, own in turns.laps]),
+  }
 
 
 def main() -> None:
@@ -101,13 +96,16 @@ def main() -> None:
   parser.add_argument("--method", default="simclr")
   parser.add_argument("--encoder", default="resnet6")
   parser.add_argument("--batch", type=int, default=64)
-  parser.add_argument("--steps", type=int, default=8)
-  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--steps", type=int, default=10)
+  parser.add_argument("--rounds", type=int, default=10)
   parser.add_argument("--name", default="loop")
   options = parser.parse_args()
-  config = load_file(options.recipe).get_config(options.method)
-  config.encoder.name, config.batch_size = options.encoder, options.batch
-  write_results(options.name, measure(config, steps=options.steps, rounds=options.rounds))
+  rows = []
+  for cache in ("", "device"):
+    config = load_file(options.recipe).get_config(options.method)
+    config.encoder.name, config.batch_size = options.encoder, options.batch
+    rows.append(measure(config, cache=cache, steps=options.steps, rounds=options.rounds))
+  write_results(options.name, rows)
 
 
 if __name__ == "__main__":

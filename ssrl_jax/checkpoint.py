@@ -2,14 +2,18 @@
 
 A checkpoint is Orbax's `state` and a JSON item `meta` with the checksum of every array, because
 Orbax alone restores a flipped byte without a word. Writing happens beside the next steps; a folder
-gets its name only when complete, so a kill at any moment leaves the ones before it untouched.
+gets its name only when complete, so a kill at any moment leaves the ones before it untouched. A
+disk that fails for a while is waited for: saving is tried again with the state that the run has
+come to by then, while it goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,10 @@ class CheckpointError(OSError):
   """A checkpoint could not be written, or none could be read."""
 
 
+class Unreadable(OSError):
+  """The file system does not give the bytes of a checkpoint: it may, later."""
+
+
 class Checkpoints:
   """The checkpoints of one run's folder, WORKDIR/checkpoints/STEP.
 
@@ -32,23 +40,44 @@ class Checkpoints:
     workdir: the run's folder.
     keep: how many of the newest to keep, >= 1.
     keep_best: how many of the highest `score` to keep beside them, >= 0.
+    retries: how often in a row a failed save, or reading what cannot be read, is tried again. With
+      several processes, which would have to agree on it, a save is not.
+    retry_seconds: before the first of them; each waits twice as long as the one before.
     read_only: nothing is written, moved or deleted (an evaluation of a running run).
   """
 
-  def __init__(self, workdir: str | Path, *, keep: int, keep_best: int, read_only: bool = False):
+  def __init__(
+    self,
+    workdir: str | Path,
+    *,
+    keep: int,
+    keep_best: int,
+    retries: int = 5,
+    retry_seconds: float = 1.0,
+    read_only: bool = False,
+  ):
     if keep < 1 or keep_best < 0:
       raise ValueError(f"checkpoint.keep {keep} must be >= 1, keep_best {keep_best} >= 0")
+    if retries < 0 or retry_seconds < 0:
+      raise ValueError(
+        f"checkpoint.retries {retries} and retry_seconds {retry_seconds} must be >= 0"
+      )
     self.folder = Path(workdir).absolute() / "checkpoints"
-    self._read_only = read_only
+    self._read_only, self._retries, self._retry_seconds = read_only, retries, retry_seconds
+    self._failures, self._due, self._saving = 0, None, False
     newest = policies.LatestN(keep)
     best = policies.BestN(get_metric_fn=lambda m: m["score"], n=keep_best)
-    self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy([newest, best] if keep_best else [newest]),
-      enable_async_checkpointing=not read_only,
-      read_only=read_only,
-      create=not read_only,
-      cleanup_tmp_directories=not read_only,
-    )
+    kept = policies.AnyPreservationPolicy([newest, best] if keep_best else [newest])
+    with _quiet():
+      self._options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept,
+        enable_async_checkpointing=not read_only,
+        read_only=read_only,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+      )
+    # When one array cannot be written Orbax forgets the others' errors, which asyncio then prints.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with _quiet():
       self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
@@ -57,38 +86,109 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, *, step: int, score: float) -> None:
-    """Starts saving; returns once the arrays may be donated. Raises what an earlier save met."""
+    """Starts saving; returns once the arrays may be donated.
+
+    A save that fails, or turns out to have failed, becomes `due`. Raises CheckpointError if it was
+    the last that `retries` allows.
+    """
+    if not self._ended():
+      return
     meta = {"step": step, "checksums": checksum_table(state)}
-    item = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    with self._report_failure(step), _quiet():
+    item = ocp.args.Composite(
+      state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
+    )
+    with self._counted(step), _quiet():
+      if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
+        raise FileNotFoundError(f"{self.folder} has vanished")
+      if self._failures:
+        self._reopen()
       if step not in self._manager.all_steps():
         self._manager.save(step, args=item, metrics={"score": score})
+      self._due, self._saving = None, True
 
-  def wait(self) -> None:
-    """Returns when everything is on disk; raises CheckpointError if it is not."""
-    with self._report_failure(None), _quiet():
-      self._manager.wait_until_finished()
+  def due(self) -> bool:
+    """Whether a save failed and it is time for the next: of whatever state there is by now."""
+    if self._saving and not self._manager.is_saving_in_progress():
+      self._ended()
+    return self._due is not None and time.monotonic() >= self._due
+
+  def finish(self, state: TrainState, *, step: int, score: float) -> None:
+    """Returns when `state` is on disk; raises CheckpointError if it does not get there."""
+    self.save(state, step=step, score=score)
+    while not self._ended() or self._due is not None:
+      time.sleep(max(0.0, self._due - time.monotonic()))
+      self.save(state, step=step, score=score)
 
   def close(self) -> None:
-    with self._report_failure(None), _quiet():
-      self._manager.close()
+    try:
+      with _quiet():
+        self._manager.close()
+    except Exception as error:
+      logging.warning("the last save did not end well: %s", _line(error))
 
-  def restore(self, abstract_state: TrainState) -> TrainState | None:
+  def _ended(self) -> bool:
+    """Waits for the save that was started; False if it failed, or one did that is not yet due."""
+    if self._saving:
+      self._saving = False
+      with self._counted(None), _quiet():
+        self._manager.wait_until_finished()
+        self._failures = 0
+    return self._due is None or time.monotonic() >= self._due
+
+  @contextlib.contextmanager
+  def _counted(self, step: int | None) -> Iterator[None]:
+    """Around a save: its failure is reported and sets when to try again, or is the last straw."""
+    try:
+      yield
+    except Exception as error:
+      self._failures += 1
+      complete = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+      what = f"could not save a checkpoint{'' if step is None else f' at step {step}'}"
+      safe = f"the one of step {complete[-1]} is safe" if complete else "none was saved before"
+      if self._failures > self._retries or jax.process_count() > 1:
+        raise CheckpointError(
+          f"{what}: {_line(error)}. In {self.folder} {safe}; put that right (a full disk: make "
+          "room) and the same command goes on from there"
+        ) from error
+      seconds = self._retry_seconds * 2 ** (self._failures - 1)
+      self._due = time.monotonic() + seconds
+      logging.warning(
+        "%s: %s; %s; trying again in %g s", what, _line(error), safe, seconds
+      )  # fmt: skip
+
+  def _reopen(self) -> None:
+    """Orbax's manager anew, which looks what there is and removes what was written in vain."""
+    with _quiet(), contextlib.suppress(Exception):
+      self._manager.close()
+    with _quiet():
+      self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+  def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> TrainState | None:
     """The newest checkpoint that is whole, onto the shardings of `abstract_state`; None if none is.
 
-    One that cannot be read, or whose arrays differ from their checksums, is reported, moved to
-    WORKDIR/damaged, and the next older one is taken. Raises CheckpointError if there are
-    checkpoints but none is whole.
+    One that can be read but not restored, or whose arrays differ from their checksums, is reported,
+    moved to WORKDIR/damaged, and the next older one is taken.
+
+    Args:
+      at_most: of this step or an earlier one.
+
+    Raises:
+      CheckpointError: there are checkpoints but none is whole, or one cannot be read for now, which
+        says nothing about it: it stays where it is.
     """
-    steps = self.steps()
+    steps = [s for s in self.steps() if at_most is None or s <= at_most]
     for step in reversed(steps):
       try:
-        return self._restore_step(step, abstract_state)
+        return self._restore_patiently(step, abstract_state)
+      except Unreadable as error:
+        raise CheckpointError(
+          f"the checkpoint of step {step} in {self.folder} cannot be read ({_line(error)}); it was "
+          "left as it is: when the disk is there again, the same command goes on"
+        ) from error
       except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         older = [s for s in steps if s < step]
         logging.warning(
-          "checkpoint of step %d cannot be used (%s); %s", step, reason,
+          "checkpoint of step %d cannot be used (%s); %s", step, _line(error),
           f"trying step {older[-1]}" if older else "there is no older one",
         )  # fmt: skip
         self._set_aside(step)
@@ -99,44 +199,65 @@ class Checkpoints:
       )
     return None
 
+  def _restore_patiently(self, step: int, abstract_state: TrainState) -> TrainState:
+    """Tries `retries` times while its files cannot be read, and twice when they can."""
+    wrong = 0  # times that they could be read
+    for attempt in itertools.count():
+      try:
+        return self._restore_step(step, abstract_state)
+      except Exception as error:
+        reason = _unreadable(self.folder / str(step))
+        if reason and attempt >= self._retries:
+          raise Unreadable(reason) from error
+        wrong += not reason
+        if wrong == 2:
+          raise
+        time.sleep(self._retry_seconds * 2**attempt if reason else 0)
+
   def _restore_step(self, step: int, abstract_state: TrainState) -> TrainState:
     item = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+      state=ocp.args.StandardRestore(_saved(abstract_state)), meta=ocp.args.JsonRestore()
     )
     with _quiet():
       restored = self._manager.restore(step, args=item)
-    expected, got = restored.meta["checksums"], checksum_table(restored.state)
+    state = abstract_state._replace(**restored.state)
+    expected, got = restored.meta["checksums"], checksum_table(state)
     wrong = [name for name in got if got[name] != expected.get(name)]
     if wrong or expected.keys() - got.keys():
       names = ", ".join((wrong or sorted(expected.keys() - got.keys()))[:3])
       raise CheckpointError(f"the checksum of {names} is not the one saved")
-    return restored.state
+    return state
 
   def _set_aside(self, step: int) -> None:
     if self._read_only or jax.process_count() > 1:
       return
     target = self.folder.parent / "damaged"
     target.mkdir(exist_ok=True)
-    with _quiet():
-      self._manager.close()
-      shutil.rmtree(target / str(step), ignore_errors=True)
-      shutil.move(self.folder / str(step), target / str(step))
-      self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+    shutil.rmtree(target / str(step), ignore_errors=True)
+    shutil.move(self.folder / str(step), target / str(step))
+    self._reopen()
 
-  @contextlib.contextmanager
-  def _report_failure(self, step: int | None) -> Iterator[None]:
-    try:
-      yield
-    except Exception as error:
-      with contextlib.suppress(Exception):
-        self._manager.reload()
-      complete = self.steps()
-      reason = " ".join(str(error).split())[:300]
-      raise CheckpointError(
-        f"could not save a checkpoint{'' if step is None else f' at step {step}'}: {reason}. "
-        f"{f'The one of step {complete[-1]} is safe' if complete else 'None was saved before'}; "
-        "put that right (a full disk: make room) and the same command goes on from there"
-      ) from error
+
+def _saved(state: TrainState) -> dict[str, Any]:
+  """The fields of a state, but for an empty guard: checkpoints that are older have none."""
+  return {k: v for k, v in state._asdict().items() if k != "guard" or v}
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())[:300]
+
+
+def _unreadable(folder: Path) -> str:
+  """Why a file of the folder cannot be read, as far as the file system is to blame; else empty."""
+  try:
+    for path in folder.rglob("*"):
+      if path.is_file():
+        with path.open("rb") as file:
+          while file.read(2**24):
+            pass
+  except OSError as error:
+    return str(error)
+  return ""
 
 
 @contextlib.contextmanager

@@ -125,6 +125,14 @@ def base_config(method: str) -> ConfigDict:
   c.checkpoint.every_steps = 500  # and always at the end
   c.checkpoint.keep = 2  # newest
   c.checkpoint.keep_best = 1  # highest online-probe accuracy
+  c.checkpoint.retries = 5  # of a failed save or read, in a row, before the run stops
+  c.checkpoint.retry_seconds = 1.0  # before the first; each waits twice as long
+
+  c.guard = ConfigDict()  # of steps with a NaN or infinity, or a spike of the loss
+  c.guard.on_bad_step = "stop"  # stop | skip: without this update the run goes on
+  c.guard.spike = 0.0  # standard deviations above the losses' moving mean; 0 = off; e.g. 8
+  c.guard.patience = 10  # with skip: so many bad steps in a row stop the run after all
+  c.guard.keep = 5  # newest bad batches kept in bad_steps/, for ssrl_jax.replay
 
   c.log = ConfigDict()
   c.log.every_steps = 20  # a line on the screen and in metrics.jsonl

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ssrl_jax import optim, parallel
+from ssrl_jax import guard, optim, parallel
 from ssrl_jax.accumulate import accumulated
 from ssrl_jax.data import sources
 from ssrl_jax.data.damaged import check_fraction
@@ -108,6 +108,7 @@ def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> 
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
   check_ramp(**config.views_ramp)
   check_fraction(config.data.max_bad_fraction)
+  guard.check_options(**config.guard)
   if config.data.cache not in ("", "device"):
     raise ValueError(f"data.cache is {config.data.cache!r}; expected '' (streamed) or 'device'")
   run = Run(batch_size, steps_per_epoch, total_steps, num_classes)
@@ -170,6 +171,7 @@ def init_state(experiment: Experiment, key: Array) -> TrainState:
     probe=probe,
     substituted=jnp.zeros((), jnp.int32),
     key=jax.random.fold_in(key, 1),
+    guard=guard.init_guard(config.guard),
   )
 
 

@@ -10,6 +10,7 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,14 +20,16 @@ from ml_collections import config_flags
 from ssrl_jax import parallel
 from ssrl_jax.command_line import exit_with_one_line, print_line
 from ssrl_jax.config import flatten
+from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
-from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
+from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
-from ssrl_jax.run_folder import Facts, open_run_folder, write_results
-from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
+from ssrl_jax.run_folder import Facts, alone_in, open_run_folder, write_results
+from ssrl_jax.state import TrainState
+from ssrl_jax.train import num_parameters, train, views_fed, watched_tensors
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe, FILE or FILE:METHOD.", lock_config=True
@@ -48,7 +51,7 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it ar
 
 def run(argv: list[str]) -> int:
   """Returns the exit status: 0 finished, 143 stopped by a signal with everything saved."""
-  config, started = CONFIG.value, time.time()
+  config, started = CONFIG.value, time.monotonic()
   if DRY_RUN.value and DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
@@ -64,31 +67,45 @@ def run(argv: list[str]) -> int:
   params, test = abstract_state(experiment).params, open_test(experiment, source)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
-  facts = Facts(len(source), source.num_classes)
-  open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
-  say(f"{config.method.name} with {config.encoder.name} on {source!r}")
-  say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
-      f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
-  say(describe_groups(params))
-  state, finished = train(experiment, source, folder, say=say)
-  if not finished:
-    say(f"stopped at step {int(state.step)}; the same command goes on from there")
-    return 143
+  with alone_in(folder):
+    facts = Facts(len(source), source.num_classes)
+    open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
+    say(f"{config.method.name} with {config.encoder.name} on {source!r}")
+    say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
+        f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
+    say(describe_groups(params))
+    state, finished = train(experiment, source, folder, say=say)
+    if not finished:
+      say(f"stopped at step {int(state.step)}; the same command goes on from there")
+      return 143
+    command = shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]])
+    judge(experiment, state, source, test, folder, say=say, command=command, started=started)
+  return 0
 
+
+def judge(
+  experiment: Experiment,
+  state: TrainState,
+  source: Source,
+  test: Source | None,
+  folder: Path,
+  *,
+  say: Callable[[str], None],
+  command: str,
+  started: float,
+) -> None:
+  """Evaluates what was trained; writes results.json and report.html."""
+  config = experiment.config
   evaluated = evaluate_run(experiment, state, source, test, evals=config.evaluate.evals, say=say)
-  write_results(
-    folder, experiment, state, evaluated.results,
-    command=shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]]), started=started,
-  )  # fmt: skip
+  write_results(folder, experiment, state, evaluated.results, command=command, started=started)
   if config.evaluate.report:
-    views, size = views_fed(experiment, state.key, source), embedding_size(experiment)
+    views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)
     if evaluated.evaluation:
       figures = gather(evaluated.evaluation, views=views, embedding_size=size)
     else:
       figures = Figures(views=views, embedding_size=size)
     say(f"report: {write_report(folder, figures=figures)}")
   say(results_table(evaluated.results))
-  return 0
 
 
 def unknown_key(argv: list[str]) -> str | None:

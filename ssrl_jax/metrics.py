@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ssrl_jax.files import write_whole
 from ssrl_jax.method import Array, normalise
 
 
@@ -105,9 +106,7 @@ class Writer:
   def __init__(self, workdir: str | Path, *, step: int, tensorboard: bool):
     self._path = Path(workdir) / "metrics.jsonl"
     kept = [r for r in read_metrics(workdir) if r["step"] <= step]
-    partial = self._path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(partial, self._path)
+    write_whole(self._path, "".join(json.dumps(r) + "\n" for r in kept))
     self._file = self._path.open("a")
     self._board = None
     if tensorboard:
@@ -116,14 +115,21 @@ class Writer:
       self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
   def write(self, step: int, figures: dict[str, float]) -> None:
-    self._file.write(json.dumps({"step": step, **figures}) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps({"step": step, **figures}) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise OSError(
+        f"could not write {self._path} ({error.strerror}); put that right (a full disk: make room) "
+        "and the same command goes on from the newest checkpoint"
+      ) from error
     if self._board:
       for name, value in figures.items():
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
+    with contextlib.suppress(OSError):  # of a line that `write` could not write
+      self._file.close()
     if self._board:
       self._board.close()
 

@@ -20,6 +20,7 @@ from ssrl_jax import charts
 from ssrl_jax.config import flatten
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet
 from ssrl_jax.evaluate.knn import nearest
+from ssrl_jax.files import write_whole
 from ssrl_jax.metrics import collapse, read_metrics
 
 ROWS = {
@@ -83,7 +84,7 @@ def write_report(workdir: str | Path, *, figures: Figures | None = None) -> Path
     results = _read_json(path.with_name("results.json"))
     config = results.get("config") or _read_json(path.with_name("config.json"))
     page = render(results, config, read_metrics(workdir), figures or Figures())
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
   return path
 
 

@@ -1,12 +1,16 @@
-"""A run's folder: config.json, results.json, and the guard against mixing two runs in one."""
+"""A run's folder: config.json, results.json, and what keeps two runs from mixing in one."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +20,7 @@ from ml_collections import ConfigDict
 from ssrl_jax.config import base_config, changed_keys, flatten
 from ssrl_jax.data.damaged import read_damaged
 from ssrl_jax.experiment import Experiment
+from ssrl_jax.files import write_json
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.state import TrainState, state_digest
 
@@ -27,8 +32,46 @@ class Facts(NamedTuple):
   num_classes: int | None
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+  """Makes the folder, and refuses a second run in it; the kernel ends the lock with the process.
+
+  Raises:
+    ValueError: another process works in the folder.
+  """
+  if jax.process_index() != 0:
+    yield
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".lock").open("a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ValueError(
+        f"another process ({file.read() or 'just started'}) is at work in {folder}; wait for it, "
+        "stop it, or choose another --workdir"
+      ) from None
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+    yield
+
+
+def wait_until_free(folder: Path, say: Callable[[str], None]) -> None:
+  """Returns when no process is at work in the folder, and says so if it has to wait."""
+  with contextlib.suppress(OSError), (folder / ".lock").open() as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      say(f"{folder}: waiting for the process {file.read()} that is at work in it")
+      fcntl.flock(file, fcntl.LOCK_SH)
+
+
 def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
-  """Makes the folder, writes config.json and data.json; refuses one that holds another run.
+  """Writes config.json and data.json; refuses one that holds another run.
 
   Raises:
     ValueError: the folder's config differs in keys that change the computation.
@@ -41,14 +84,13 @@ def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_cha
         f"{folder} holds a run of method {old['method']['name']!r}, not {config.method.name!r}; "
         "choose another --workdir"
       )
-    changed = changed_keys(old, config)
+    changed = changed_keys(load_config(folder), config)
     if changed and not allow_change:
       raise ValueError(
         f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
         "--workdir, or pass --allow_config_change to go on with the new one"
       )
   if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config.to_dict())
     write_json(folder / "data.json", facts._asdict())
 
@@ -74,13 +116,6 @@ def load_config(folder: Path) -> ConfigDict:
   return config
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes the whole file or nothing."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(partial, path)
-
-
 def write_results(
   folder: Path,
   experiment: Experiment,
@@ -103,7 +138,7 @@ def write_results(
       "total_steps": experiment.total_steps,
       "state_digest": digest,
       "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
-      "wall_seconds": time.time() - started,
+      "wall_seconds": time.monotonic() - started,
       "cpu_seconds": time.process_time(),  # of this process, over all its threads
       "substituted": int(state.substituted),
       "damaged": len(read_damaged(folder)),

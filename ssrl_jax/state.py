@@ -23,6 +23,7 @@ class TrainState(NamedTuple):
   probe: Any  # the online probe; an empty tuple for unlabelled data
   substituted: Array  # int32: damaged pictures replaced so far
   key: Array  # never changes: randomness of a step is fold_in(key, step)
+  guard: Any = ()  # losses so far and updates skipped; empty where neither is asked for
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -28,9 +28,10 @@ from ssrl_jax.command_line import exit_with_one_line, print_line
 from ssrl_jax.config import change, flatten, load_file
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import TITLES, select
+from ssrl_jax.files import write_json
 from ssrl_jax.flops import measured_matmul_flops
 from ssrl_jax.options import nearest
-from ssrl_jax.run_folder import write_json
+from ssrl_jax.run_folder import wait_until_free
 from ssrl_jax.table_text import write_table
 
 DATA = "{data}"  # in a value of a table: the folder of the data sets, wherever that is
@@ -260,8 +261,11 @@ def make(
 
   to_train, _ = missing(table, workdirs)
   for run in to_train:
+    folder = run.folder(workdirs)
     if (run.training.name, run.seed) in mine:
-      do(train_command(run, run.folder(workdirs), data), run, "train")
+      wait_until_free(folder, say)  # of a table's process that was killed, and its training not
+      if not finished(folder):
+        do(train_command(run, folder, data), run, "train")
   _, to_judge = missing(table, workdirs)
   by_name = {r.training.name: r for r in reversed(runs_of(table))}
   for run, key, encoders in to_judge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from ssrl_jax.experiment import (
   training_sampling,
 )
 from ssrl_jax.flops import count_flops, peak_flops
+from ssrl_jax.guard import SPIKE, Guard, judge, unless
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import Writer, first_non_finite, global_norm, health
 from ssrl_jax.pixels import denormalise
@@ -36,7 +38,7 @@ from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
 from ssrl_jax.views import abstract_views as views_shapes
 from ssrl_jax.views import make_views, strength_at
-from ssrl_jax.watch import Guard, Stopwatch, progress_line, stop_on_sigterm
+from ssrl_jax.watch import Stopwatch, progress_line, stop_on_sigterm
 
 Batch = dict[str, Array]
 
@@ -102,6 +104,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
       probe=probe,
       substituted=state.substituted + jnp.sum(batch["substituted"]),
       key=state.key,
+      guard=state.guard,
     )
     metrics["data/substituted"] = new_state.substituted
     strength = views_strength(experiment, state.step)
@@ -129,12 +132,23 @@ def compile_step(
 
 
 def make_watched_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple]:
-  """step(state, batch) -> state, metrics, among them which watched tensor is not finite."""
-  step = make_train_step(experiment)
+  """step(state, batch) -> state, metrics, among them `first_bad`, which watched tensor is bad.
+
+  With guard.on_bad_step = "skip" the state after a bad step is the one before it.
+  """
+  step, options = make_train_step(experiment), experiment.config.guard
 
   def watched_step(state, batch):
-    state, metrics, watched = step(state, batch)
-    return state, {**metrics, "first_non_finite": first_non_finite(watched)}
+    new, metrics, watched = step(state, batch)
+    bad = first_non_finite(watched)
+    if state.guard:
+      spike_index = len(jax.tree.leaves(watched))
+      bad, guard = judge(state.guard, metrics["loss"], bad, spike=options.spike, name=spike_index)
+      new = new._replace(guard=guard)
+      if options.on_bad_step == "skip":
+        new = unless(bad >= 0, new, state)
+        metrics |= {f"guard/{name}": guard[name] for name in ("skipped", "in_a_row")}
+    return new, {**metrics, "first_bad": bad}
 
   return watched_step
 
@@ -160,6 +174,7 @@ class Steps(NamedTuple):
   """How a run makes its steps: from batches of the host, or from pictures on the devices."""
 
   run: Callable  # (state, host batch) -> state, metrics
+  seen: Callable  # host batch -> the whole batch that the step was given, on the host
   batches: Batches
   most: int  # steps that are given to the devices before any metrics are waited for
 
@@ -170,7 +185,8 @@ def make_steps(experiment: Experiment, source: Source, *, start_step: int) -> St
   if not data.cache:
     step = compile_step(experiment, state)
     batches = training_batches(experiment, source, start_step=start_step)
-    return Steps(lambda state, batch: step(state, parallel.to_device(batch, mesh)), batches, 1)
+    run = lambda state, batch: step(state, parallel.to_device(batch, mesh))  # noqa: E731
+    return Steps(run, lambda batch: batch, batches, 1)
 
   arrays, substituted = resident.load(
     source,
@@ -185,8 +201,14 @@ def make_steps(experiment: Experiment, source: Source, *, start_step: int) -> St
   def run(state, batch):
     return step(state, parallel.to_device({"id": batch["id"]}, mesh)["id"], arrays)
 
+  def seen(batch):
+    if jax.process_count() > 1:  # their arrays are not here
+      return batch
+    at_B = position(batch["id"])
+    return {k: np.stack([np.asarray(v[i]) for i in at_B]) for k, v in arrays.items()} | batch
+
   batches = training_batches(experiment, source, start_step=start_step, resident=substituted)
-  return Steps(run, batches, data.steps_ahead)
+  return Steps(run, seen, batches, data.steps_ahead)
 
 
 def steps_to_edge(step: int, total: int, most: int, *every: int) -> int:
@@ -207,11 +229,12 @@ def compile_resident_step(
   return _donating(step, experiment, state).lower(state, ids, arrays).compile()
 
 
-def watched_names(experiment: Experiment) -> list[str]:
-  """The names of what `first_non_finite` indexes."""
+def watched_tensors(experiment: Experiment) -> tuple[list[str], int]:
+  """The names of what `first_bad` indexes; dimensions of what the health figures are of."""
   step = make_train_step(experiment)
   *_, watched = jax.eval_shape(step, abstract_state(experiment), abstract_batch(experiment))
-  return [name.split("_", 1)[1] for name, _ in named_leaves(watched)]
+  names = [name.split("_", 1)[1] for name, _ in named_leaves(watched)]
+  return [*names, SPIKE], watched["3_embeddings"].shape[-1]
 
 
 def flops_per_step(experiment: Experiment) -> float:
@@ -240,9 +263,8 @@ def train(
   """
   config, total = experiment.config, experiment.total_steps
   save_every = config.checkpoint.every_steps
-  checkpoints = Checkpoints(
-    workdir, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-  )
+  checkpoints = Checkpoints(workdir, **{k: v for k, v in config.checkpoint.items()
+                                        if k != "every_steps"})  # fmt: skip
   abstract = abstract_state(experiment)
   state = checkpoints.restore(abstract)
   say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
@@ -262,20 +284,26 @@ def train(
     f"({peak_name})"
   )
   writer = Writer(workdir, step=first, tensorboard=config.log.tensorboard)
-  guard = Guard(experiment, workdir, watched_names(experiment), embedding_size(experiment))
+  guard = Guard(
+    config.guard,
+    workdir,
+    total_steps=total,
+    watched=watched_tensors(experiment),
+    writes=jax.process_index() == 0,
+  )
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
   damaged = damaged_list(experiment, source, workdir, state)
   latest: dict[str, float] = {}
 
   def settle(pending) -> None:
     """Fetches the metrics of some steps, which waits for them; checks and logs them."""
-    for step, metrics, ids, substituted in pending:
+    for step, metrics, batch in pending:
       figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
-      guard.check_finite(step, figures, ids)
-      del figures["first_non_finite"]
-      unread_B = np.where(substituted, ids, PADDING)
+      good = guard.check(step, figures, lambda batch=batch: steps.seen(batch))
+      del figures["first_bad"]
+      unread_B = np.where(batch["substituted"], position(batch["id"]), PADDING)
       damaged.settle(step, figures["data/substituted"], unread_B, steps.batches.damage)
-      latest.update(figures)
+      latest.update(figures if good else {})
       if step % config.log.every_steps == 0 or step == total:
         figures |= watch.read()
         writer.write(step, figures)
@@ -283,38 +311,27 @@ def train(
         say(progress_line(step, total, figures, config.batch_size))
 
   pending, step = [], first
-  with stop_on_sigterm() as stopped:
-    try:
-      while step < total:
-        before, pending = pending, []
-        for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
-          start = time.perf_counter()
-          batch = next(steps.batches)
-          watch.waited(time.perf_counter() - start)
-          state, metrics = steps.run(state, batch)
-          step += 1
-          pending.append((step, metrics, position(batch["id"]), batch["substituted"]))
-        settle(before)  # while those given just now run
-        stop = stopped()
-        if step % save_every == 0 or step == total or stop:
-          settle(pending)
-          pending = []
-          checkpoints.save(state, step=step, score=latest.get("probe/accuracy", 0.0))
-        if stop:
-          break
-      checkpoints.wait()
-    finally:
-      steps.batches.close()
-      writer.close()
-      checkpoints.close()
+  with stop_on_sigterm() as stopped, closing(checkpoints), closing(writer), closing(steps.batches):
+    while step < total:
+      before, pending = pending, []
+      for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
+        start = time.perf_counter()
+        batch = next(steps.batches)
+        watch.waited(time.perf_counter() - start)
+        state, metrics = steps.run(state, batch)
+        step += 1
+        pending.append((step, metrics, batch))
+      settle(before)  # while those given just now run
+      stop = stopped()
+      last = step == total or stop
+      if step % save_every == 0 or last or checkpoints.due():
+        settle(pending)
+        pending = []
+        save = checkpoints.finish if last else checkpoints.save
+        save(state, step=step, score=latest.get("probe/accuracy", 0.0))
+      if stop:
+        break
   return state, int(state.step) >= total
-
-
-def embedding_size(experiment: Experiment) -> int:
-  """Dimensions of what the health figures are computed of."""
-  step = make_train_step(experiment)
-  *_, watched = jax.eval_shape(step, abstract_state(experiment), abstract_batch(experiment))
-  return watched["3_embeddings"].shape[-1]
 
 
 def views_fed(

@@ -1,19 +1,11 @@
-"""What the training loop watches: its rates, the health of every step, and signals to stop."""
+"""What the training loop watches: its rates, and signals to stop."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import numpy as np
-
-from ssrl_jax.experiment import Experiment
-from ssrl_jax.metrics import collapse
 
 
 class Stopwatch:
@@ -37,39 +29,6 @@ class Stopwatch:
     }
     self._start, self._waited, self._steps = now, 0.0, 0
     return figures
-
-
-class Guard:
-  """What is checked of every step's metrics, one step late: finite, and not collapsed."""
-
-  PATIENCE = 3  # log lines in a row
-
-  def __init__(
-    self, experiment: Experiment, workdir: Path, watched: list[str], num_dimensions: int
-  ):
-    self._names = watched
-    self._workdir, self._num_dimensions = workdir, num_dimensions
-    self._quiet_until = max(50, experiment.total_steps // 10)
-    self._collapsed = 0
-
-  def check_finite(self, step: int, metrics: dict[str, float], ids: np.ndarray) -> None:
-    index = int(metrics["first_non_finite"])
-    if index < 0:
-      return
-    record = {"step": step, "first_bad_tensor": self._names[index], "ids": ids.tolist()}
-    (self._workdir / "non_finite.json").write_text(json.dumps(record))
-    raise FloatingPointError(
-      f"step {step}: NaN or infinity, first in {self._names[index]!r} (loss "
-      f"{metrics['loss']:.4g}); images {ids[:8].tolist()}{' ...' if len(ids) > 8 else ''}, all of "
-      f"them in {self._workdir / 'non_finite.json'}. Nothing of this step was saved: lower "
-      "optim.learning_rate or set optim.clip_norm, and run again"
-    )
-
-  def check_collapse(self, step: int, metrics: dict[str, float]) -> None:
-    name = collapse(metrics, self._num_dimensions) if step >= self._quiet_until else None
-    self._collapsed = self._collapsed + 1 if name else 0
-    if self._collapsed == self.PATIENCE:
-      logging.warning("step %d: %s", step, name)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all, checked byte for byte, the newest whole one wins."""
 
+import errno
 import logging
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -9,9 +11,11 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ssrl_jax import checkpoint
 from ssrl_jax.checkpoint import CheckpointError, Checkpoints, abstract
 from ssrl_jax.state import TrainState, state_digest
 
@@ -46,8 +50,7 @@ def make_state(step: int, *, num_devices: int = 1) -> TrainState:
 def saved(folder, steps, **options) -> Checkpoints:
   checkpoints = Checkpoints(folder, **({"keep": 3, "keep_best": 0} | options))
   for step in steps:
-    checkpoints.save(make_state(step), step=step, score=float(-step))
-  checkpoints.wait()
+    checkpoints.finish(make_state(step), step=step, score=float(-step))
   return checkpoints
 
 
@@ -122,8 +125,7 @@ def test_damaged_checkpoint_falls_back_to_the_older_one(tmp_path, caplog, damage
   assert "checkpoint of step 3 cannot be used" in caplog.text
   assert "trying step 2" in caplog.text
   assert (tmp_path / "damaged" / "3").is_dir()  # nothing is thrown away
-  checkpoints.save(make_state(3), step=3, score=0.0)  # and its place is free again
-  checkpoints.wait()
+  checkpoints.finish(make_state(3), step=3, score=0.0)  # and its place is free again
   assert checkpoints.steps() == [2, 3]
 
 
@@ -168,11 +170,12 @@ def test_donated_state_is_saved_as_it_was(tmp_path):
   wreck = jax.jit(lambda s: s._replace(params=jax.tree.map(lambda x: x * 0, s.params)),
                   donate_argnums=0)  # fmt: skip
   wreck(state)
-  checkpoints.wait()
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0)
   assert state_digest(checkpoints.restore(abstract(make_state(0)))) == expected
 
 
-def test_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
+def test_full_disk_leaves_the_last_checkpoint_says_so_and_with_room_goes_on(tmp_path):
   """The disk is played by the process's limit on the size of a file."""
   saved(tmp_path, [1]).close()
   program = f"""
@@ -184,17 +187,110 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
     big = np.random.default_rng(0).normal(size=(512, 512))
     state = TrainState(*jax.tree.map(jax.numpy.asarray, (2, {{"w": big}}, {{}}, (), (), 0)),
                        jax.random.key(0))
-    checkpoints = Checkpoints({str(tmp_path)!r}, keep=3, keep_best=0)
+    checkpoints = Checkpoints({str(tmp_path)!r}, keep=3, keep_best=0, retries=1, retry_seconds=0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     try:
-      checkpoints.save(state, step=2, score=0.0)
-      checkpoints.wait()
+      checkpoints.finish(state, step=2, score=0.0)
     except CheckpointError as error:
       print("caught:", error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    checkpoints.finish(state, step=3, score=0.0)
+    print("saved:", sorted(path.name for path in checkpoints.folder.iterdir()))
   """
   out = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
   )
   assert "caught: could not save a checkpoint" in out.stdout, out.stderr
-  assert "The one of step 1 is safe" in out.stdout
-  assert int(Checkpoints(tmp_path, keep=3, keep_best=0).restore(abstract(make_state(0))).step) == 1
+  assert "the one of step 1 is safe" in out.stdout
+  assert "saved: ['1', '3']" in out.stdout, out.stderr  # nor what was written in vain
+
+
+class Flaky:
+  """Fails the first `times` calls of an Orbax method with an error of the disk."""
+
+  def __init__(self, monkeypatch, method: str, times: int):
+    self.real, self.left = getattr(ocp.CheckpointManager, method), times
+    monkeypatch.setattr(ocp.CheckpointManager, method, lambda *a, **k: self(*a, **k))
+
+  def __call__(self, *arguments, **options):
+    self.left -= 1
+    if self.left >= 0:
+      raise OSError(errno.EIO, "Input/output error")
+    return self.real(*arguments, **options)
+
+
+def test_failed_save_is_made_again_of_the_state_that_there_is_by_then(
+  tmp_path, monkeypatch, caplog
+):
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=2, retry_seconds=0.0)
+  Flaky(monkeypatch, "save", 2)
+  for step in (1, 2):
+    checkpoints.save(make_state(step), step=step, score=0.0)
+    assert checkpoints.due()
+  checkpoints.finish(make_state(3), step=3, score=0.0)
+  assert not checkpoints.due()
+  assert checkpoints.steps() == [3]
+  assert caplog.text.count("trying again in 0 s") == 2
+
+
+def test_save_is_not_tried_before_its_time_and_the_last_failure_stops_the_run(
+  tmp_path, monkeypatch
+):
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=1, retry_seconds=0.05)
+  flaky = Flaky(monkeypatch, "save", 2)
+  checkpoints.save(make_state(1), step=1, score=0.0)
+  assert not checkpoints.due()
+  checkpoints.save(make_state(2), step=2, score=0.0)
+  assert flaky.left == 1
+  with pytest.raises(CheckpointError, match=r"at step 2: .*Input/output error.* none was saved"):
+    checkpoints.finish(make_state(2), step=2, score=0.0)
+  assert checkpoints.steps() == []
+
+
+def test_checkpoint_that_cannot_be_read_for_a_while_is_waited_for(tmp_path, monkeypatch):
+  saved(tmp_path, [2, 3]).close()
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=3, retry_seconds=0.0)
+  flaky = Flaky(monkeypatch, "restore", 3)
+  monkeypatch.setattr(checkpoint, "_unreadable", lambda folder: "EIO" if flaky.left else "")
+  assert int(checkpoints.restore(abstract(make_state(0))).step) == 3
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+  saved(tmp_path, [2, 3]).close()
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=1, retry_seconds=0.0)
+  files = checkpoints.folder
+
+  def read(path, *mode, **options):
+    if files in path.parents:
+      raise OSError(errno.EIO, "Input/output error")
+    return real(path, *mode, **options)
+
+  real = pathlib.Path.open
+  monkeypatch.setattr(pathlib.Path, "open", read)
+  Flaky(monkeypatch, "restore", 2)
+  with pytest.raises(CheckpointError, match=r"step 3 in .* cannot be read .*left as it is"):
+    checkpoints.restore(abstract(make_state(0)))
+  assert sorted(p.name for p in files.iterdir()) == ["2", "3"]
+
+
+def test_folder_that_vanishes_is_not_made_again_and_is_used_when_it_is_back(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "run", keep=3, keep_best=0, retries=2, retry_seconds=0.0)
+  checkpoints.finish(make_state(1), step=1, score=0.0)
+  (tmp_path / "run").rename(tmp_path / "away")
+  checkpoints.save(make_state(2), step=2, score=0.0)
+  assert checkpoints.due()
+  assert not (tmp_path / "run").exists()
+  (tmp_path / "away").rename(tmp_path / "run")
+  checkpoints.finish(make_state(3), step=3, score=0.0)
+  assert checkpoints.steps() == [1, 3]
+  shutil.rmtree(tmp_path / "run")
+  with pytest.raises(CheckpointError, match="has vanished"):
+    checkpoints.finish(make_state(4), step=4, score=0.0)
+  assert not (tmp_path / "run").exists()
+
+
+def test_restore_of_a_step_or_an_earlier_one(tmp_path):
+  checkpoints = saved(tmp_path, [2, 4])
+  assert int(checkpoints.restore(abstract(make_state(0)), at_most=3).step) == 2
+  assert checkpoints.restore(abstract(make_state(0)), at_most=1) is None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssrl_jax.run_folder import alone_in
 from tests.commands import EVALUATE, LIMIT, ROOT, Fork, start
 
 SMOKE = "--config=configs/smoke.py"
@@ -176,6 +177,23 @@ def test_killed_run_resumes_to_the_same_bytes(method, tmp_path):
   ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_same_command_ends_with_the_same_bytes(num_devices, tmp_path):
+  arguments = [
+    SMOKE,
+    "--config.steps=3",
+    "--config.evaluate.evals=",
+    "--config.evaluate.report=False",
+  ]
+  digests = []
+  for name in ("a", "b"):
+    code, _, err = run(*arguments, f"--workdir={tmp_path / name}", num_devices=num_devices)
+    assert code == 0, err
+    digests.append(results(tmp_path / name)["state_digest"])
+  assert digests[0] == digests[1]
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
   arguments = [SMOKE, "--config.steps=100000", "--config.checkpoint.every_steps=100000",
                "--config.epochs=1", f"--workdir={tmp_path}"]  # fmt: skip
@@ -250,10 +268,28 @@ def test_workdir_of_another_method_is_refused(finished):
   assert "holds a run of method 'fusion', not 'simclr'" in line
 
 
+def test_second_run_in_a_folder_is_refused_while_the_first_lives(tmp_path):
+  with alone_in(tmp_path):
+    line = fails_with_one_line(SMOKE, f"--workdir={tmp_path}")
+  assert f"another process ({os.getpid()} on " in line
+  assert "choose another --workdir" in line
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_workdir_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  assert str(tmp_path / "file") in fails_with_one_line(
+    SMOKE, f"--workdir={tmp_path / 'file' / 'run'}"
+  )
+
+
 def test_harmless_change_goes_on(finished, tmp_path):
   folder, _, _ = finished
   copy = tmp_path / "copy"
   subprocess.run(["cp", "-r", folder, copy], check=True)
+  older = json.loads((copy / "config.json").read_text())
+  del older["guard"]  # as a run that is older than a knob has it
+  (copy / "config.json").write_text(json.dumps(older))
   code, out, err = run(
     SMOKE, f"--workdir={copy}", "--config.steps=10", "--config.log.every_steps=1",
     "--config.evaluate.evals=",
@@ -277,6 +313,15 @@ def test_nan_stops_the_run_and_names_step_images_and_tensor(tmp_path):
   assert str(record["ids"][0]) in line
   saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
   assert max(saved, default=0) < record["step"]
+  step = record["step"]
+  code, out, err = run(f"--workdir={tmp_path}", f"--step={step}", module="ssrl_jax.replay")
+  assert code == 0, err
+  assert f"from step {step - 1}, 0 steps to go before step {step}" in out
+  bad = record["first_bad_tensor"]
+  assert f"step {step}: first bad is {bad!r}, as it was then" in out
+  code, _, err = run(f"--workdir={tmp_path}", "--step=99", module="ssrl_jax.replay")
+  assert code == 1
+  assert f"bad steps whose batch was kept: [{step}]" in err
 
 
 def class_folders(path: pathlib.Path, *, train: int, test: int) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import time
 
@@ -192,3 +193,11 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
   events = EventAccumulator(str(tmp_path / "tensorboard"))
   events.Reload()
   assert [e.step for e in events.Scalars("loss")] == [2, 4, 5, 6]
+
+
+def test_full_disk_names_the_file_and_closing_does_not_hide_it(tmp_path):
+  writer = metrics.Writer(tmp_path, step=0, tensorboard=False)
+  writer.close()
+  writer._file = open("/dev/full", "w")  # noqa: SIM115
+  with contextlib.closing(writer), pytest.raises(OSError, match=r"metrics.jsonl \(No space left"):
+    writer.write(1, {"loss": 1.0})

@@ -163,8 +163,7 @@ def test_checkpoint_goes_from_one_layout_to_another(tmp_path):
   assert specs == {PartitionSpec(), PartitionSpec(None, "fsdp")}
   for step, (name, state) in enumerate(layouts.items()):
     checkpoints = Checkpoints(tmp_path / str(step), keep=1, keep_best=0)
-    checkpoints.save(state, step=step, score=0.0)
-    checkpoints.wait()
+    checkpoints.finish(state, step=step, score=0.0)
     for target in layouts.values():
       restored = checkpoints.restore(abstract(target))
       assert restored.params["w"].sharding == target.params["w"].sharding

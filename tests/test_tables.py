@@ -1,5 +1,6 @@
 """One command a table: what is missing is found and run once; what is shown has its comparison."""
 
+import contextlib
 import csv
 import json
 import statistics
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssrl_jax import tables
+from ssrl_jax.run_folder import alone_in
 from ssrl_jax.tables import Column, Judge, Row, Table, Training
 
 SMOKE = "configs/smoke.py:simclr"
@@ -248,6 +250,7 @@ def test_unknown_file_and_budget_are_refused(tmp_path):
 
 
 REAL = """
+from ssrl_jax.run_folder import alone_in
 from ssrl_jax.tables import Column, Judge, Row, Table, Training
 
 def get_table(budget):
@@ -277,3 +280,20 @@ def test_the_command_trains_judges_writes_and_finds_everything_done_the_next_tim
   assert options["data"]["num_test"] == 32
   assert tables.cli(argv) == 0
   assert "train\n" not in capsys.readouterr().out
+
+
+def test_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):
+  run = tables.runs_of(TABLE)[0]
+  folder, lock, lines = run.folder([tmp_path]), contextlib.ExitStack(), []
+  lock.enter_context(alone_in(folder))
+
+  def say(line):
+    lines.append(line)
+    if "waiting for the process" in line:
+      (folder / "results.json").write_text("{}")
+      lock.close()
+
+  stand_in = Stand_in()
+  assert tables.make(TABLE, [tmp_path], run_command=stand_in, say=say) == []
+  assert kinds(stand_in).count("main") == 4
+  assert "waiting for the process" in lines[0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ssrl_jax.data.batches import Damage
+from ssrl_jax.files import write_whole
 
 
 class DamagedList:
@@ -89,9 +89,7 @@ class DamagedList:
   def _write(self) -> None:
     if not self._writes or not (self._lines or self._path.exists()):
       return
-    partial = self._path.with_name(self._path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in self._lines.values()))
-    os.replace(partial, self._path)
+    write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
 
 
 def read_damaged(folder: Path) -> list[dict]:

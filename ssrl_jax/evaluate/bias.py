@@ -110,7 +110,7 @@ def read_groups(path: str, num_test: int) -> np.ndarray:
   if not file.exists():
     raise FileNotFoundError(f"bias.groups: no file {file}; give a .npy or .csv")
   if file.suffix == ".npy":
-    found = np.load(file)
+    found = np.load(file, allow_pickle=False)
     if found.dtype.kind not in "iu" or found.ndim != 1:
       raise ValueError(f"{file} holds {found.dtype} {found.shape}; expected whole numbers [N]")
     groups = np.where(found < 0, "", found.astype(str))

@@ -263,8 +263,8 @@ class ArrayPictures:
 
   def __init__(self, root: Path, name: str, severity: int, clean: Source):
     self._path = os.fspath(root / f"{name}.npy")
-    labels = np.load(root / "labels.npy")
-    shape = np.load(self._path, mmap_mode="r").shape
+    labels = np.load(root / "labels.npy", allow_pickle=False)
+    shape = np.load(self._path, mmap_mode="r", allow_pickle=False).shape
     if len(labels) % len(SEVERITIES) or shape[:1] != labels.shape or shape[3:] != (3,):
       raise ValueError(
         f"{self._path} has shape {shape} and labels.npy {labels.shape}; expected [5 N, H, W, 3] "
@@ -280,7 +280,7 @@ class ArrayPictures:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     # Opened anew each time: a mapped array would go to worker processes as all of its bytes.
-    image = np.array(np.load(self._path, mmap_mode="r")[self._start + i])
+    image = np.array(np.load(self._path, mmap_mode="r", allow_pickle=False)[self._start + i])
     return {"image": image, "label": int(self.labels[i])}
 
   def __repr__(self) -> str:

@@ -251,8 +251,7 @@ def test_state_survives_a_checkpoint_byte_for_byte(case, tmp_path):
   params, method_state = case.trained
   state = case.state._replace(params=params, method_state=method_state)
   checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
-  checkpoints.save(state, step=15, score=0.0)
-  checkpoints.wait()
+  checkpoints.finish(state, step=15, score=0.0)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
   )

@@ -87,8 +87,7 @@ def test_resumed_step_gives_the_same_bytes(stepped, tmp_path):
   """Saved after the first step and restored, queues, centres and targets included."""
   _, again, (first, second, _, _), _ = stepped
   checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
-  checkpoints.save(first, step=1, score=0.0)
-  checkpoints.wait()
+  checkpoints.finish(first, step=1, score=0.0)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first
   )

@@ -1,0 +1,89 @@
+"""python -m ssrl_jax.replay --workdir=DIR --step=STEP
+
+Makes a bad step of a run again, on its own: from the newest checkpoint before it (else from the
+start), over the steps between, with the batch of DIR/bad_steps/STEP.npz, and says whether the same
+tensor is the first that is bad. Writes nothing. For runs of one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from ssrl_jax import parallel
+from ssrl_jax.checkpoint import Checkpoints
+from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.data.sources import Source
+from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
+from ssrl_jax.guard import read_bad_step
+from ssrl_jax.run_folder import load_config
+from ssrl_jax.train import compile_step, training_batches, watched_tensors
+
+
+def replay(
+  experiment: Experiment, source: Source, folder: Path, step: int, *, say: Callable[[str], None]
+) -> bool:
+  """Whether the update that made `step` is bad again, and in the same tensor.
+
+  Raises:
+    FileNotFoundError, ValueError: its batch was not kept, or not by a single process.
+  """
+  saved = read_bad_step(folder / "bad_steps" / f"{step}.npz")
+  batch_size = experiment.config.batch_size
+  if len(saved["id"]) != batch_size:
+    raise ValueError(
+      f"the batch of step {step} has {len(saved['id'])} of {batch_size} images: it is one "
+      "process's share, and only runs of one process can be replayed"
+    )
+  checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
+  state = checkpoints.restore(abstract_state(experiment), at_most=step - 1)
+  checkpoints.close()
+  state = state or create_state(experiment)
+  first = int(state.step)
+  say(f"from step {first}, {step - 1 - first} steps to go before step {step}")
+  run, (names, _) = compile_step(experiment, state), watched_tensors(experiment)
+  if first < step - 1:
+    batches = training_batches(experiment, source, start_step=first)
+    for _ in range(first, step - 1):
+      state, _ = run(state, parallel.to_device(next(batches), experiment.mesh))
+    batches.close()
+  batch = {k: saved[k] for k in ("image", "extent", "label", "id", "substituted")}
+  _, metrics = run(state, parallel.to_device(batch, experiment.mesh))
+  figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
+  for name, value in figures.items():
+    say(f"  {name} {value:g}")
+  then, index = str(saved["first_bad"]), int(figures["first_bad"])
+  now = names[index] if index >= 0 else "nothing"
+  say(f"step {step}: first bad is {now!r}, {'as it was then' if now == then else f'not {then!r}'}")
+  return now == then
+
+
+def cli(argv: list[str]) -> int:
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+
+  def program() -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "The run's folder.", values)
+    flags.DEFINE_integer(
+      "step", 0, "Which: NUMBER of a file bad_steps/NUMBER.npz.", flag_values=values
+    )
+    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    values(argv)
+    if not values.workdir or values.step < 1:
+      raise ValueError("--workdir=DIR and --step=STEP are needed, STEP >= 1")
+    config = load_config(Path(values.workdir))
+    source = open_split(config, "train")
+    experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+    same = replay(experiment, source, Path(values.workdir), values.step, say=print_line)
+    return 0 if same else 1
+
+  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+
+
+if __name__ == "__main__":
+  sys.exit(cli(sys.argv))
