@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ssrl_jax import parallel, processes
 from ssrl_jax.state import TrainState, checksum_table
 
 
@@ -82,16 +84,19 @@ class Checkpoints:
     """
     steps = self.steps()
     for step in reversed(steps):
+      state, reason = None, "another process cannot read it"
       try:
-        return self._restore_step(step, abstract_state)
+        state = self._restore_step(step, abstract_state)
       except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        older = [s for s in steps if s < step]
-        logging.warning(
-          "checkpoint of step %d cannot be used (%s); %s", step, reason,
-          f"trying step {older[-1]}" if older else "there is no older one",
-        )  # fmt: skip
-        self._set_aside(step)
+      if not np.any(parallel.all_processes(np.array([state is None], np.int64))):
+        return state
+      older = [s for s in steps if s < step]
+      logging.warning(
+        "checkpoint of step %d cannot be used (%s); %s", step, reason,
+        f"trying step {older[-1]}" if older else "there is no older one",
+      )  # fmt: skip
+      self._set_aside(step)
     if steps:
       raise CheckpointError(
         f"none of the checkpoints of steps {steps} in {self.folder} can be restored; they were "
@@ -113,14 +118,18 @@ class Checkpoints:
     return restored.state
 
   def _set_aside(self, step: int) -> None:
-    if self._read_only or jax.process_count() > 1:
+    if self._read_only:
       return
-    target = self.folder.parent / "damaged"
-    target.mkdir(exist_ok=True)
+    target = self.folder.parent / "damaged" / str(step)
+
+    def move() -> None:
+      target.parent.mkdir(exist_ok=True)
+      shutil.rmtree(target, ignore_errors=True)
+      shutil.move(self.folder / str(step), target)
+
     with _quiet():
       self._manager.close()
-      shutil.rmtree(target / str(step), ignore_errors=True)
-      shutil.move(self.folder / str(step), target / str(step))
+      processes.first_does(move)
       self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
   @contextlib.contextmanager

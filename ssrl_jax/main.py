@@ -6,26 +6,29 @@ and report.html. The only module that reads flags.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from ssrl_jax import parallel
-from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax import processes
+from ssrl_jax.command_line import print_line
 from ssrl_jax.config import flatten
+from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
-from ssrl_jax.experiment import abstract_state, build, open_split, training_sampling
+from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
-from ssrl_jax.run_folder import Facts, open_run_folder, write_results
+from ssrl_jax.run_folder import Facts, only_run_in, open_run_folder, write_results
 from ssrl_jax.train import embedding_size, num_parameters, train, views_fed
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -42,17 +45,19 @@ COMPILE = flags.DEFINE_bool(
 ALLOW_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Continue a run although its config has changed."
 )
-MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of this job first.")
+processes.define_flags()
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it arose.")
 
 
 def run(argv: list[str]) -> int:
-  """Returns the exit status: 0 finished, 143 stopped by a signal with everything saved."""
-  config, started = CONFIG.value, time.time()
+  """Returns the exit status; those of processes.py."""
+  config, given = CONFIG.value, flags.FLAGS
   if DRY_RUN.value and DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
-  parallel.start(MULTIHOST.value)
+  print_line(processes.start(
+    given.coordinator, given.num_processes, given.process_id, minutes=config.watchdog.start_minutes
+  ))  # fmt: skip
   say = print_line if jax.process_index() == 0 else lambda line: None
   if DRY_RUN.value:
     dry_run(config, say=say, compile_too=COMPILE.value)
@@ -65,15 +70,32 @@ def run(argv: list[str]) -> int:
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
   facts = Facts(len(source), source.num_classes)
-  open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
-  say(f"{config.method.name} with {config.encoder.name} on {source!r}")
-  say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
-      f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
-  say(describe_groups(params))
+  with contextlib.ExitStack() as held:
+    processes.first_does(lambda: held.enter_context(only_run_in(folder)))
+    processes.first_does(
+      lambda: open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
+    )
+    say(f"{config.method.name} with {config.encoder.name} on {source!r}")
+    say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
+        f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
+    say(describe_groups(params))
+    return train_and_judge(argv, experiment, source, test, folder, say=say)
+
+
+def train_and_judge(
+  argv: list[str],
+  experiment: Experiment,
+  source: Source,
+  test: Source | None,
+  folder: Path,
+  *,
+  say: Callable[[str], None],
+) -> int:
+  config, started = experiment.config, time.time()
   state, finished = train(experiment, source, folder, say=say)
   if not finished:
     say(f"stopped at step {int(state.step)}; the same command goes on from there")
-    return 143
+    return processes.STOPPED
 
   evaluated = evaluate_run(experiment, state, source, test, evals=config.evaluate.evals, say=say)
   write_results(
@@ -120,7 +142,7 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--config=configs/NAME.py is missing; see README.md for the recipes")
     return run(argv)
 
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return processes.exit_together(program, show_traceback=lambda: "--traceback" in argv)
 
 
 if __name__ == "__main__":

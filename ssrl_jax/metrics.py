@@ -100,30 +100,35 @@ class Writer:
   """metrics.jsonl (one JSON object a line) and TensorBoard events of one run's folder.
 
   On resume at `step`, lines after it are dropped: each step stands there once, whatever happened.
+  Only one process may have `writes`.
   """
 
-  def __init__(self, workdir: str | Path, *, step: int, tensorboard: bool):
+  def __init__(self, workdir: str | Path, *, step: int, tensorboard: bool, writes: bool = True):
+    self._file = self._board = None
+    if not writes:
+      return
     self._path = Path(workdir) / "metrics.jsonl"
     kept = [r for r in read_metrics(workdir) if r["step"] <= step]
     partial = self._path.with_suffix(".jsonl.partial")
     partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
     os.replace(partial, self._path)
     self._file = self._path.open("a")
-    self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
   def write(self, step: int, figures: dict[str, float]) -> None:
-    self._file.write(json.dumps({"step": step, **figures}) + "\n")
-    self._file.flush()
+    if self._file:
+      self._file.write(json.dumps({"step": step, **figures}) + "\n")
+      self._file.flush()
     if self._board:
       for name, value in figures.items():
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._board:
       self._board.close()
 

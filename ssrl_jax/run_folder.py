@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +34,8 @@ class Facts(NamedTuple):
 def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
   """Makes the folder, writes config.json and data.json; refuses one that holds another run.
 
+  For one process of a run.
+
   Raises:
     ValueError: the folder's config differs in keys that change the computation.
   """
@@ -47,10 +53,37 @@ def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_cha
         f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
         "--workdir, or pass --allow_config_change to go on with the new one"
       )
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, config.to_dict())
-    write_json(folder / "data.json", facts._asdict())
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(path, config.to_dict())
+  write_json(folder / "data.json", facts._asdict())
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+  """Holds FOLDER/lock; the system frees it when the process ends, however it does.
+
+  Of hosts, those see each other's locks that share a file system which has locks: NFS does, gcsfuse
+  does not.
+
+  Raises:
+    ValueError: another process holds it.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "lock").open("a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise ValueError(
+        f"{folder} is in use by {file.read().strip() or 'another process'}; wait for its end, stop "
+        "it, or choose another --workdir"
+      ) from error
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s): see that no other run is in it", folder, error)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()} since {time.ctime()}\n")
+    file.flush()
+    yield
 
 
 def read_facts(folder: Path) -> Facts | None:

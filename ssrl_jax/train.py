@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssrl_jax import parallel
+from ssrl_jax import parallel, processes
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.data import resident
 from ssrl_jax.data.batches import Batches
@@ -36,7 +36,7 @@ from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
 from ssrl_jax.views import abstract_views as views_shapes
 from ssrl_jax.views import make_views, strength_at
-from ssrl_jax.watch import Guard, Stopwatch, progress_line, stop_on_sigterm
+from ssrl_jax.watch import Guard, Stopwatch, progress_line
 
 Batch = dict[str, Array]
 
@@ -232,7 +232,26 @@ def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 def train(
   experiment: Experiment, source: Source, workdir: Path, *, say: Callable[[str], None]
 ) -> tuple[TrainState, bool]:
+  """As `run_steps`, which ends the process where nothing moves; see `processes.watchdog`."""
+  limits = experiment.config.watchdog
+  with processes.watchdog(
+    workdir, first_minutes=limits.first_minutes, minutes=limits.minutes
+  ) as moved:
+    return run_steps(experiment, source, workdir, say=say, moved=moved)
+
+
+def run_steps(
+  experiment: Experiment,
+  source: Source,
+  workdir: Path,
+  *,
+  say: Callable[[str], None],
+  moved: Callable[[], None],
+) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
+
+  Args:
+    moved: is called when a step was finished.
 
   Returns:
     The final state, and whether the last step was reached (False: stopped by SIGTERM or Ctrl-C,
@@ -261,7 +280,9 @@ def train(
     f"FLOP, matrix products and convolutions only), peak {peak / 1e12:.3g} TFLOP/s a device "
     f"({peak_name})"
   )
-  writer = Writer(workdir, step=first, tensorboard=config.log.tensorboard)
+  writer = Writer(
+    workdir, step=first, tensorboard=config.log.tensorboard, writes=jax.process_index() == 0
+  )
   guard = Guard(experiment, workdir, watched_names(experiment), embedding_size(experiment))
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
   damaged = damaged_list(experiment, source, workdir, state)
@@ -271,6 +292,7 @@ def train(
     """Fetches the metrics of some steps, which waits for them; checks and logs them."""
     for step, metrics, ids, substituted in pending:
       figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
+      moved()
       guard.check_finite(step, figures, ids)
       del figures["first_non_finite"]
       unread_B = np.where(substituted, ids, PADDING)
@@ -282,8 +304,8 @@ def train(
         guard.check_collapse(step, figures)
         say(progress_line(step, total, figures, config.batch_size))
 
-  pending, step = [], first
-  with stop_on_sigterm() as stopped:
+  pending, step, stop = [], first, False
+  with processes.stop_on_signal() as stopped:
     try:
       while step < total:
         before, pending = pending, []
@@ -294,8 +316,9 @@ def train(
           state, metrics = steps.run(state, batch)
           step += 1
           pending.append((step, metrics, position(batch["id"]), batch["substituted"]))
+          if stop := stopped(step):
+            break
         settle(before)  # while those given just now run
-        stop = stopped()
         if step % save_every == 0 or step == total or stop:
           settle(pending)
           pending = []
@@ -327,11 +350,14 @@ def views_fed(
   batches.close()
   step = jnp.zeros((), jnp.int32)
   view_key, _ = step_keys(key, step)
-  views = jax.jit(lambda k, b: loss_views(experiment, k, b, step))(view_key, batch)
-  first = {spec.name: views[spec.name][:num_images] for spec in specs}
-  return {
-    name: np.asarray(denormalise(v, config.data.mean, config.data.std)) for name, v in first.items()
-  }
+
+  def first_views(key, batch):
+    views = loss_views(experiment, key, batch, step)
+    first = {spec.name: views[spec.name][:num_images] for spec in specs}
+    return {n: denormalise(v, config.data.mean, config.data.std) for n, v in first.items()}
+
+  whole = parallel.replicated(experiment.mesh)  # on every host
+  return jax.device_get(jax.jit(first_views, out_shardings=whole)(view_key, batch))
 
 
 def training_batches(

@@ -1,17 +1,16 @@
-"""What the training loop watches: its rates, the health of every step, and signals to stop."""
+"""What the training loop watches: its rates, and the health of every step."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from ssrl_jax import parallel
 from ssrl_jax.experiment import Experiment
 from ssrl_jax.metrics import collapse
 
@@ -56,8 +55,10 @@ class Guard:
     index = int(metrics["first_non_finite"])
     if index < 0:
       return
+    ids = parallel.all_processes(ids)
     record = {"step": step, "first_bad_tensor": self._names[index], "ids": ids.tolist()}
-    (self._workdir / "non_finite.json").write_text(json.dumps(record))
+    if jax.process_index() == 0:
+      (self._workdir / "non_finite.json").write_text(json.dumps(record))
     raise FloatingPointError(
       f"step {step}: NaN or infinity, first in {self._names[index]!r} (loss "
       f"{metrics['loss']:.4g}); images {ids[:8].tolist()}{' ...' if len(ids) > 8 else ''}, all of "
@@ -70,27 +71,6 @@ class Guard:
     self._collapsed = self._collapsed + 1 if name else 0
     if self._collapsed == self.PATIENCE:
       logging.warning("step %d: %s", step, name)
-
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-  """Yields a function that tells whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts."""
-  came: list[int] = []
-
-  def handler(number, frame):
-    if came and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    came.append(number)
-
-  try:
-    old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-  except ValueError:  # not the main thread: leave the signals alone
-    old = {}
-  try:
-    yield lambda: bool(came)
-  finally:
-    for number, previous in old.items():
-      signal.signal(number, previous)
 
 
 def progress_line(step: int, total: int, figures: dict[str, float], batch_size: int) -> str:
