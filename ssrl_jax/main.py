@@ -92,7 +92,11 @@ def train_and_judge(
   say: Callable[[str], None],
 ) -> int:
   config, started = experiment.config, time.time()
-  state, finished = train(experiment, source, folder, say=say)
+  limits = config.watchdog
+  with processes.watchdog(
+    folder, first_minutes=limits.first_minutes, minutes=limits.minutes
+  ) as moved:
+    state, finished = train(experiment, source, folder, say=say, moved=moved)
   if not finished:
     say(f"stopped at step {int(state.step)}; the same command goes on from there")
     return processes.STOPPED

@@ -128,14 +128,15 @@ def _check_given(coordinator: str, num_processes: int, process_id: int) -> None:
 
 def _check_count(num_processes: int, process_id: int) -> None:
   """All must have been started as parts of the same job; JAX would wait for what does not exist."""
-  key, client = "ssrl_jax/num_processes", distributed.global_state.client
-  if process_id == 0:
-    client.key_value_set(key, str(num_processes))
-  elif (theirs := int(client.blocking_key_value_get(key, 600_000))) != num_processes:
-    raise ValueError(
-      f"process {process_id} was started as one of {num_processes}, and process 0 as one of "
-      f"{theirs}; start all with the same number, or give the job a port of its own"
-    )
+  key, client = "ssrl_jax/num_processes/{}".format, distributed.global_state.client
+  client.key_value_set(key(process_id), str(num_processes))
+  for other in range(1, num_processes) if process_id == 0 else [0]:
+    theirs = int(client.blocking_key_value_get(key(other), 600_000))
+    if theirs != num_processes:
+      raise ValueError(
+        f"process {process_id} was started as one of {num_processes}, and process {other} as one "
+        f"of {theirs}; start all with the same number, or give the job a port of its own"
+      )
 
 
 @contextlib.contextmanager

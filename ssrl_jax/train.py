@@ -230,23 +230,12 @@ def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train(
-  experiment: Experiment, source: Source, workdir: Path, *, say: Callable[[str], None]
-) -> tuple[TrainState, bool]:
-  """As `run_steps`, which ends the process where nothing moves; see `processes.watchdog`."""
-  limits = experiment.config.watchdog
-  with processes.watchdog(
-    workdir, first_minutes=limits.first_minutes, minutes=limits.minutes
-  ) as moved:
-    return run_steps(experiment, source, workdir, say=say, moved=moved)
-
-
-def run_steps(
   experiment: Experiment,
   source: Source,
   workdir: Path,
   *,
   say: Callable[[str], None],
-  moved: Callable[[], None],
+  moved: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
 

@@ -225,9 +225,9 @@ def test_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
     [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
   )
   assert first.stdout.readline() == b"holds\n"
-  with pytest.raises(ValueError, match=rf"is in use by process {first.pid} of .* since "):
-    with only_run_in(tmp_path):
-      pass
+  held = pytest.raises(ValueError, match=rf"is in use by process {first.pid} of .* since ")
+  with held, only_run_in(tmp_path):
+    pass
   first.kill()  # which frees it
   first.communicate(timeout=LIMIT)
   with only_run_in(tmp_path):

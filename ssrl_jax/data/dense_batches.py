@@ -14,6 +14,7 @@ from ssrl_jax.data.pipeline import (
   check_at_least,
   each_once,
   epochs_and_ids,
+  local_batch_size,
   share,
 )
 
@@ -39,6 +40,7 @@ def train_batches(
     An iterator of {"image": uint8 [b, S, S, 3], "extent": int32 [b, 2], "id": int64 [b], "weight":
     float32 [b], "substituted": bool [b]} and what the source adds; see there.
   """
+  local_batch_size(batch_size, process_index, process_count)  # for what it refuses
   check_at_least(0, seed=seed, start_step=start_step, workers=workers)
   drawn = epochs_and_ids(source, seed, batch_size)
   ids = share(drawn, batch_size, process_index, process_count).map(lambda both: both[1])

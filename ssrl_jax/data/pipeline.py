@@ -1,10 +1,10 @@
 """Order, batches, and this process's share of them.
 
 The order of training is a pure function of (seed, step), made on ids only: shuffled anew each
-epoch, cut to whole global batches, repeated, and sliced by process last. So the step is the whole
-data state, and neither the number of processes nor of workers changes which examples a step sees.
-What is read and decoded for an id happens after all that. Grain shuffles where each example comes
-once an epoch, `sampling.EpochOrder` draws where some come more often.
+epoch, cut to whole global batches, repeated, and each batch cut by process last. So the step is the
+whole data state, and neither the number of processes nor of workers changes which examples a step
+sees. What is read and decoded for an id happens after all that. Grain shuffles where each example
+comes once an epoch, `sampling.EpochOrder` draws where some come more often.
 
 An id is an example's position in the source. The second and further copies that an epoch has of an
 example count in the bits from `sampling.COPY_BIT` on, so that copies get views of their own;
@@ -77,6 +77,7 @@ def train_batches(
     that of the drawn example, also where another had to stand in. Its next() raises ValueError for
     a label that the source cannot have, and when MAX_DAMAGED pictures in a row cannot be read.
   """
+  local_batch_size(batch_size, process_index, process_count)  # for what it refuses
   check_at_least(0, seed=seed, start_step=start_step, workers=workers)
   check_frames(source, frames, frame_span)
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
