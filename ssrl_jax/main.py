@@ -51,7 +51,7 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it ar
 
 def run(argv: list[str]) -> int:
   """Returns the exit status; those of processes.py."""
-  config, given = CONFIG.value, flags.FLAGS
+  config, given, started = CONFIG.value, flags.FLAGS, time.time()
   if DRY_RUN.value and DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
     say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
         f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
     say(describe_groups(params))
-    return train_and_judge(argv, experiment, source, test, folder, say=say)
+    return train_and_judge(argv, experiment, source, test, folder, started=started, say=say)
 
 
 def train_and_judge(
@@ -89,10 +89,11 @@ def train_and_judge(
   test: Source | None,
   folder: Path,
   *,
+  started: float,
   say: Callable[[str], None],
 ) -> int:
-  config, started = experiment.config, time.time()
-  limits = config.watchdog
+  """What is done in the run's folder; `started`, seconds since 1970, is when the command was."""
+  config, limits = experiment.config, experiment.config.watchdog
   with processes.watchdog(
     folder, first_minutes=limits.first_minutes, minutes=limits.minutes
   ) as moved:

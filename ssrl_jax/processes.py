@@ -81,7 +81,9 @@ def start(
     # JAX's own limit ends the process without a line.
     jax.distributed.initialize(initialization_timeout=int(60 * minutes) + 600, **options)
     _check_count(num_processes, process_id)
-    return f"{line}; {len(jax.devices())} devices"
+    # Here all are at one point: gloo gives the first meeting 30 seconds, and a busy CPU may not.
+    multihost_utils.sync_global_devices("start")
+  return f"{line}; {len(jax.devices())} devices"
 
 
 def _detected() -> type[clusters.ClusterEnv] | None:
@@ -300,5 +302,5 @@ def watchdog(folder: Path, *, first_minutes: float, minutes: float) -> Iterator[
       thread.join()
       if enable:
         faulthandler.disable()
-  if not path.stat().st_size:
-    path.unlink()
+      if not file.tell():
+        path.unlink()
