@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts. install_into VENV REQUIREMENT: makes the environment once, and
 # installs into it when setup.cfg or the requirement has changed since the last time.
 

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ssrl_jax import parallel, processes
 from ssrl_jax.state import TrainState, checksum_table
 
 
@@ -107,7 +109,12 @@ class Checkpoints:
       self._due, self._saving = None, True
 
   def due(self) -> bool:
-    """Whether a save failed and it is time for the next: of whatever state there is by now."""
+    """Whether a save failed and it is time for the next: of whatever state there is by now.
+
+    Several processes would have to agree on it, at the same step; they stop instead.
+    """
+    if jax.process_count() > 1:
+      return False
     if self._saving and not self._manager.is_saving_in_progress():
       self._ended()
     return self._due is not None and time.monotonic() >= self._due
@@ -178,20 +185,26 @@ class Checkpoints:
     """
     steps = [s for s in self.steps() if at_most is None or s <= at_most]
     for step in reversed(steps):
+      error, reason = None, "another process cannot read it"
       try:
-        return self._restore_patiently(step, abstract_state)
-      except Unreadable as error:
+        state = self._restore_patiently(step, abstract_state)
+      except Exception as caught:
+        error, reason = caught, _line(caught)
+      verdict = 0 if error is None else 2 if isinstance(error, Unreadable) else 1
+      verdict_P = parallel.all_processes(np.array([verdict], np.int64))
+      if not np.any(verdict_P):
+        return state
+      if np.any(verdict_P == 2):
         raise CheckpointError(
-          f"the checkpoint of step {step} in {self.folder} cannot be read ({_line(error)}); it was "
-          "left as it is: when the disk is there again, the same command goes on"
+          f"the checkpoint of step {step} in {self.folder} cannot be read ({reason}); it was left "
+          "as it is: when the disk is there again, the same command goes on"
         ) from error
-      except Exception as error:
-        older = [s for s in steps if s < step]
-        logging.warning(
-          "checkpoint of step %d cannot be used (%s); %s", step, _line(error),
-          f"trying step {older[-1]}" if older else "there is no older one",
-        )  # fmt: skip
-        self._set_aside(step)
+      older = [s for s in steps if s < step]
+      logging.warning(
+        "checkpoint of step %d cannot be used (%s); %s", step, reason,
+        f"trying step {older[-1]}" if older else "there is no older one",
+      )  # fmt: skip
+      self._set_aside(step)
     if steps:
       raise CheckpointError(
         f"none of the checkpoints of steps {steps} in {self.folder} can be restored; they were "
@@ -200,17 +213,21 @@ class Checkpoints:
     return None
 
   def _restore_patiently(self, step: int, abstract_state: TrainState) -> TrainState:
-    """Tries `retries` times while its files cannot be read, and twice when they can."""
+    """Tries `retries` times while its files cannot be read, and twice when they can.
+
+    With several processes once: the others would be waiting somewhere else.
+    """
+    retries, tries = (self._retries, 2) if jax.process_count() == 1 else (0, 1)
     wrong = 0  # times that they could be read
     for attempt in itertools.count():
       try:
         return self._restore_step(step, abstract_state)
       except Exception as error:
         reason = _unreadable(self.folder / str(step))
-        if reason and attempt >= self._retries:
+        if reason and attempt >= retries:
           raise Unreadable(reason) from error
         wrong += not reason
-        if wrong == 2:
+        if wrong == tries:
           raise
         time.sleep(self._retry_seconds * 2**attempt if reason else 0)
 
@@ -229,12 +246,16 @@ class Checkpoints:
     return state
 
   def _set_aside(self, step: int) -> None:
-    if self._read_only or jax.process_count() > 1:
+    if self._read_only:
       return
-    target = self.folder.parent / "damaged"
-    target.mkdir(exist_ok=True)
-    shutil.rmtree(target / str(step), ignore_errors=True)
-    shutil.move(self.folder / str(step), target / str(step))
+    target = self.folder.parent / "damaged" / str(step)
+
+    def move() -> None:
+      target.parent.mkdir(exist_ok=True)
+      shutil.rmtree(target, ignore_errors=True)
+      shutil.move(self.folder / str(step), target)
+
+    processes.first_does(move)
     self._reopen()
 
 

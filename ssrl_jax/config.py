@@ -28,7 +28,7 @@ from ssrl_jax.options import keyword_defaults, nearest
 # for `accumulate` where the encoder drops at random: other draws.
 HARMLESS = ("log.", "checkpoint.", "evaluate.", "mesh.", "epochs", "steps", "data.workers",
             "data.threads", "data.cache", "data.steps_ahead", "data.max_bad_fraction",
-            "data.dry_run", "accumulate", "encoder.remat")  # fmt: skip
+            "data.dry_run", "accumulate", "encoder.remat", "watchdog.")  # fmt: skip
 
 
 def view_group(**changes: Any) -> ConfigDict:
@@ -120,6 +120,11 @@ def base_config(method: str) -> ConfigDict:
   c.mesh.slices = 0  # groups of devices with a slow network between them; 0 = as the devices say
   c.mesh.fsdp = 1  # devices of a slice over which the state is cut; 1 = replicated, 0 = all
   c.mesh.min_size = 2**16  # elements; smaller arrays of the state are never cut
+
+  c.watchdog = ConfigDict()  # a process that waits longer ends, for the scheduler to start it again
+  c.watchdog.start_minutes = 5.0  # for all processes of the job to come
+  c.watchdog.first_minutes = 30.0  # for the first step: restoring and compiling
+  c.watchdog.minutes = 10.0  # for any other step; 0 = waits for ever, also for the first
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every_steps = 500  # and always at the end

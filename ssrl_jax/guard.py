@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ssrl_jax import parallel
 from ssrl_jax.data.sampling import position
 from ssrl_jax.files import write_json
 from ssrl_jax.method import Array
@@ -122,7 +123,7 @@ class Guard:
     file = self._workdir / "bad_steps" / f"{step}.npz"
     if self._writes:
       write_bad_step(file, arrays, step=step, first_bad=name, loss=loss, keep=self._options.keep)
-    ids = position(arrays["id"]).tolist()
+    ids = position(parallel.all_processes(arrays["id"])).tolist()
     what = (
       f"step {step}: {name} ({loss:.4g})" if name == SPIKE
       else f"step {step}: NaN or infinity, first in {name!r} (loss {loss:.4g})"

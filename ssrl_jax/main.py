@@ -6,6 +6,7 @@ and report.html. The only module that reads flags.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import sys
@@ -17,8 +18,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from ssrl_jax import parallel
-from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax import processes
+from ssrl_jax.command_line import print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
@@ -45,17 +46,19 @@ COMPILE = flags.DEFINE_bool(
 ALLOW_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Continue a run although its config has changed."
 )
-MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of this job first.")
+processes.define_flags()
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it arose.")
 
 
 def run(argv: list[str]) -> int:
-  """Returns the exit status: 0 finished, 143 stopped by a signal with everything saved."""
-  config, started = CONFIG.value, time.monotonic()
+  """Returns the exit status; those of processes.py."""
+  config, given, started = CONFIG.value, flags.FLAGS, time.monotonic()
   if DRY_RUN.value and DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
-  parallel.start(MULTIHOST.value)
+  print_line(processes.start(
+    given.coordinator, given.num_processes, given.process_id, minutes=config.watchdog.start_minutes
+  ))  # fmt: skip
   say = print_line if jax.process_index() == 0 else lambda line: None
   if DRY_RUN.value:
     dry_run(config, say=say, compile_too=COMPILE.value)
@@ -67,17 +70,23 @@ def run(argv: list[str]) -> int:
   params, test = abstract_state(experiment).params, open_test(experiment, source)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
-  with alone_in(folder):
-    facts = Facts(len(source), source.num_classes)
-    open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
+  facts, limits = Facts(len(source), source.num_classes), config.watchdog
+  with contextlib.ExitStack() as held:
+    processes.first_does(lambda: held.enter_context(alone_in(folder)))
+    processes.first_does(
+      lambda: open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
+    )
     say(f"{config.method.name} with {config.encoder.name} on {source!r}")
     say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
         f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
     say(describe_groups(params))
-    state, finished = train(experiment, source, folder, say=say)
+    with processes.watchdog(
+      folder, first_minutes=limits.first_minutes, minutes=limits.minutes
+    ) as moved:
+      state, finished = train(experiment, source, folder, say=say, moved=moved)
     if not finished:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")
-      return 143
+      return processes.STOPPED
     command = shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]])
     judge(experiment, state, source, test, folder, say=say, command=command, started=started)
   return 0
@@ -137,7 +146,7 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--config=configs/NAME.py is missing; see README.md for the recipes")
     return run(argv)
 
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return processes.exit_together(program, show_traceback=lambda: "--traceback" in argv)
 
 
 if __name__ == "__main__":

@@ -101,35 +101,43 @@ class Writer:
   """metrics.jsonl (one JSON object a line) and TensorBoard events of one run's folder.
 
   On resume at `step`, lines after it are dropped: each step stands there once, whatever happened.
+  Only one process may have `writes`.
   """
 
-  def __init__(self, workdir: str | Path, *, step: int, tensorboard: bool):
+  def __init__(self, workdir: str | Path, *, step: int, tensorboard: bool, writes: bool = True):
+    self._file = self._board = None
+    if not writes:
+      return
     self._path = Path(workdir) / "metrics.jsonl"
     kept = [r for r in read_metrics(workdir) if r["step"] <= step]
     write_whole(self._path, "".join(json.dumps(r) + "\n" for r in kept))
     self._file = self._path.open("a")
-    self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
   def write(self, step: int, figures: dict[str, float]) -> None:
+    if self._file:
+      self._write_line(json.dumps({"step": step, **figures}))
+    if self._board:
+      for name, value in figures.items():
+        self._board.add_scalar(name, value, step)
+
+  def _write_line(self, line: str) -> None:
     try:
-      self._file.write(json.dumps({"step": step, **figures}) + "\n")
+      self._file.write(line + "\n")
       self._file.flush()
     except OSError as error:
       raise OSError(
         f"could not write {self._path} ({error.strerror}); put that right (a full disk: make room) "
         "and the same command goes on from the newest checkpoint"
       ) from error
-    if self._board:
-      for name, value in figures.items():
-        self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    with contextlib.suppress(OSError):  # of a line that `write` could not write
-      self._file.close()
+    with contextlib.suppress(OSError):  # of a line that could not be written
+      if self._file:
+        self._file.close()
     if self._board:
       self._board.close()
 

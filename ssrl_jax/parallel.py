@@ -1,4 +1,4 @@
-"""Process start-up, the mesh, and where each array lives on it.
+"""The mesh, and where each array lives on it.
 
 The program is written for one big device: `jax.jit` over one mesh with automatic axes, a global
 view of every array. Means over the batch are means over the global batch.
@@ -18,12 +18,6 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SLICE, DATA, FSDP = AXES = ("slice", "data", "fsdp")  # the mesh's axes, the slowest network first
-
-
-def start(multihost: bool) -> None:
-  """Joins the other processes of a pod or cluster; call once, before any other use of jax."""
-  if multihost:
-    jax.distributed.initialize()
 
 
 def make_mesh(

@@ -36,12 +36,12 @@ class Facts(NamedTuple):
 def alone_in(folder: Path) -> Iterator[None]:
   """Makes the folder, and refuses a second run in it; the kernel ends the lock with the process.
 
+  For one process of a run. Of several hosts, those see each other's locks that share a file system
+  which has locks: NFS does, gcsfuse does not.
+
   Raises:
     ValueError: another process works in the folder.
   """
-  if jax.process_index() != 0:
-    yield
-    return
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / ".lock").open("a+") as file:
     try:
@@ -73,6 +73,8 @@ def wait_until_free(folder: Path, say: Callable[[str], None]) -> None:
 def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
   """Writes config.json and data.json; refuses one that holds another run.
 
+  For one process of a run.
+
   Raises:
     ValueError: the folder's config differs in keys that change the computation.
   """
@@ -90,9 +92,8 @@ def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_cha
         f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
         "--workdir, or pass --allow_config_change to go on with the new one"
       )
-  if jax.process_index() == 0:
-    write_json(path, config.to_dict())
-    write_json(folder / "data.json", facts._asdict())
+  write_json(path, config.to_dict())
+  write_json(folder / "data.json", facts._asdict())
 
 
 def read_facts(folder: Path) -> Facts | None:

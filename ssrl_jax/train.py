@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssrl_jax import parallel
+from ssrl_jax import parallel, processes
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.data import resident
 from ssrl_jax.data.batches import Batches
@@ -38,7 +38,7 @@ from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
 from ssrl_jax.views import abstract_views as views_shapes
 from ssrl_jax.views import make_views, strength_at
-from ssrl_jax.watch import Stopwatch, progress_line, stop_on_sigterm
+from ssrl_jax.watch import Stopwatch, progress_line
 
 Batch = dict[str, Array]
 
@@ -253,9 +253,17 @@ def abstract_views(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train(
-  experiment: Experiment, source: Source, workdir: Path, *, say: Callable[[str], None]
+  experiment: Experiment,
+  source: Source,
+  workdir: Path,
+  *,
+  say: Callable[[str], None],
+  moved: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
+
+  Args:
+    moved: is called when a step was finished.
 
   Returns:
     The final state, and whether the last step was reached (False: stopped by SIGTERM or Ctrl-C,
@@ -283,13 +291,14 @@ def train(
     f"FLOP, matrix products and convolutions only), peak {peak / 1e12:.3g} TFLOP/s a device "
     f"({peak_name})"
   )
-  writer = Writer(workdir, step=first, tensorboard=config.log.tensorboard)
+  writes = jax.process_index() == 0
+  writer = Writer(workdir, step=first, tensorboard=config.log.tensorboard, writes=writes)
   guard = Guard(
     config.guard,
     workdir,
     total_steps=total,
     watched=watched_tensors(experiment),
-    writes=jax.process_index() == 0,
+    writes=writes,
   )
   watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
   damaged = damaged_list(experiment, source, workdir, state)
@@ -299,6 +308,7 @@ def train(
     """Fetches the metrics of some steps, which waits for them; checks and logs them."""
     for step, metrics, batch in pending:
       figures = {k: v.item() for k, v in jax.device_get(metrics).items()}
+      moved()
       good = guard.check(step, figures, lambda batch=batch: steps.seen(batch))
       del figures["first_bad"]
       unread_B = np.where(batch["substituted"], position(batch["id"]), PADDING)
@@ -310,8 +320,13 @@ def train(
         guard.check_collapse(step, figures)
         say(progress_line(step, total, figures, config.batch_size))
 
-  pending, step = [], first
-  with stop_on_sigterm() as stopped, closing(checkpoints), closing(writer), closing(steps.batches):
+  pending, step, stop = [], first, False
+  with (
+    processes.stop_on_signal() as stopped,
+    closing(checkpoints),
+    closing(writer),
+    closing(steps.batches),
+  ):
     while step < total:
       before, pending = pending, []
       for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
@@ -321,8 +336,9 @@ def train(
         state, metrics = steps.run(state, batch)
         step += 1
         pending.append((step, metrics, batch))
+        if stop := stopped(step):
+          break
       settle(before)  # while those given just now run
-      stop = stopped()
       last = step == total or stop
       if step % save_every == 0 or last or checkpoints.due():
         settle(pending)
@@ -344,11 +360,14 @@ def views_fed(
   batches.close()
   step = jnp.zeros((), jnp.int32)
   view_key, _ = step_keys(key, step)
-  views = jax.jit(lambda k, b: loss_views(experiment, k, b, step))(view_key, batch)
-  first = {spec.name: views[spec.name][:num_images] for spec in specs}
-  return {
-    name: np.asarray(denormalise(v, config.data.mean, config.data.std)) for name, v in first.items()
-  }
+
+  def first_views(key, batch):
+    views = loss_views(experiment, key, batch, step)
+    first = {spec.name: views[spec.name][:num_images] for spec in specs}
+    return {n: denormalise(v, config.data.mean, config.data.std) for n, v in first.items()}
+
+  whole = parallel.replicated(experiment.mesh)  # on every host
+  return jax.device_get(jax.jit(first_views, out_shardings=whole)(view_key, batch))
 
 
 def training_batches(

@@ -1,11 +1,8 @@
-"""What the training loop watches: its rates, and signals to stop."""
+"""What the training loop watches: its rates, and the line that it shows."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator
 
 
 class Stopwatch:
@@ -29,27 +26,6 @@ class Stopwatch:
     }
     self._start, self._waited, self._steps = now, 0.0, 0
     return figures
-
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-  """Yields a function that tells whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts."""
-  came: list[int] = []
-
-  def handler(number, frame):
-    if came and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    came.append(number)
-
-  try:
-    old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-  except ValueError:  # not the main thread: leave the signals alone
-    old = {}
-  try:
-    yield lambda: bool(came)
-  finally:
-    for number, previous in old.items():
-      signal.signal(number, previous)
 
 
 def progress_line(step: int, total: int, figures: dict[str, float], batch_size: int) -> str:

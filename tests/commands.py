@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,18 @@ def xla_flags(num_devices: int) -> str:
 class Fork:
   """A command that runs: `process`, and the files that it prints to."""
 
-  def __init__(self, *arguments: str, module: str = MAIN, num_devices: int = 1):
+  def __init__(
+    self,
+    *arguments: str,
+    module: str = MAIN,
+    num_devices: int = 1,
+    environment: dict[str, str] | None = None,
+  ):
     self._folder = tempfile.TemporaryDirectory(prefix="ssrl_jax_tests_")
     self._out, self._err = (pathlib.Path(self._folder.name, name) for name in ("out", "err"))
     files = str(self._out), str(self._err)
-    self.process = FORKS.Process(target=_command, args=(module, arguments, files, num_devices))
+    environment = {"XLA_FLAGS": xla_flags(num_devices), **(environment or {})}
+    self.process = FORKS.Process(target=_command, args=(module, arguments, files, environment))
     self._out.touch()
     self.process.start()
 
@@ -52,11 +60,26 @@ class Fork:
       return self.process.exitcode, self._out.read_text(), self._err.read_text()
 
 
-def _command(module: str, arguments: tuple[str, ...], files: tuple[str, str], num_devices: int):
+def together(count: int, *arguments: str, **options) -> list[Fork]:
+  """The processes of one job."""
+  port = free_port()
+  given = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+  return [Fork(*arguments, *given, f"--process_id={i}", **options) for i in range(count)]
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def _command(
+  module: str, arguments: tuple[str, ...], files: tuple[str, str], environment: dict[str, str]
+):
   for number, path in enumerate(files, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
   os.chdir(ROOT)
-  os.environ["XLA_FLAGS"] = xla_flags(num_devices)  # read when JAX is first used
+  os.environ |= environment  # XLA_FLAGS is read when JAX is first used
   sys.argv = [module, *arguments]
   sys.exit(importlib.import_module(module).cli(sys.argv))
 

@@ -15,6 +15,7 @@ from ssrl_jax.data.pipeline import (
   each_once,
   epochs_and_ids,
   local_batch_size,
+  share,
 )
 
 
@@ -39,10 +40,10 @@ def train_batches(
     An iterator of {"image": uint8 [b, S, S, 3], "extent": int32 [b, 2], "id": int64 [b], "weight":
     float32 [b], "substituted": bool [b]} and what the source adds; see there.
   """
-  local_size = local_batch_size(batch_size, process_index, process_count)
+  local_batch_size(batch_size, process_index, process_count)  # for what it refuses
   check_at_least(0, seed=seed, start_step=start_step, workers=workers)
-  ids = epochs_and_ids(source, seed, batch_size).map(lambda drawn: drawn[1])
-  ids = ids[process_index::process_count].batch(local_size, drop_remainder=True)
+  drawn = epochs_and_ids(source, seed, batch_size)
+  ids = share(drawn, batch_size, process_index, process_count).map(lambda both: both[1])
   reader = _Reader(source, canvas, threads)
   return Batches(ids[start_step:], reader, reader, workers=workers)
 

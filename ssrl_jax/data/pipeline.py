@@ -1,10 +1,10 @@
 """Order, batches, and this process's share of them.
 
 The order of training is a pure function of (seed, step), made on ids only: shuffled anew each
-epoch, cut to whole global batches, repeated, and sliced by process last. So the step is the whole
-data state, and neither the number of processes nor of workers changes which examples a step sees.
-What is read and decoded for an id happens after all that. Grain shuffles where each example comes
-once an epoch, `sampling.EpochOrder` draws where some come more often.
+epoch, cut to whole global batches, repeated, and each batch cut by process last. So the step is the
+whole data state, and neither the number of processes nor of workers changes which examples a step
+sees. What is read and decoded for an id happens after all that. Grain shuffles where each example
+comes once an epoch, `sampling.EpochOrder` draws where some come more often.
 
 An id is an example's position in the source. The second and further copies that an epoch has of an
 example count in the bits from `sampling.COPY_BIT` on, so that copies get views of their own;
@@ -57,8 +57,8 @@ def train_batches(
   Args:
     source: pictures by position.
     seed: of the order, which differs in each epoch.
-    batch_size: of all processes together, B; this one gets b = B / process_count. Its j-th example
-      is the (j * process_count + process_index)-th of the global batch.
+    batch_size: of all processes together, B; this one gets b = B / process_count of them that lie
+      side by side: so the devices have the same examples, whichever processes they belong to.
     start_step: updates done, from the very first epoch on.
     canvas: side S in pixels; see `decode`.
     workers: reader processes; 0: read in this one, one batch ahead.
@@ -77,11 +77,11 @@ def train_batches(
     that of the drawn example, also where another had to stand in. Its next() raises ValueError for
     a label that the source cannot have, and when MAX_DAMAGED pictures in a row cannot be read.
   """
-  local_size = local_batch_size(batch_size, process_index, process_count)
+  local_batch_size(batch_size, process_index, process_count)  # for what it refuses
   check_at_least(0, seed=seed, start_step=start_step, workers=workers)
   check_frames(source, frames, frame_span)
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
-  drawn = drawn[process_index::process_count].batch(local_size, drop_remainder=True)
+  drawn = share(drawn, batch_size, process_index, process_count)
   reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
   if resident is not None:
     return Batches(drawn[start_step:], functools.partial(_known, resident), reader)
@@ -125,6 +125,20 @@ def epochs_and_ids(
   order = EpochOrder(sampling, seed)
   places = grain.MapDataset.range(whole).repeat(None)
   return places.map_with_index(lambda at, k: (at // whole, order(at // whole, k)))
+
+
+def share(
+  drawn: grain.MapDataset, batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset:
+  """This process's part of each batch of the endless stream: int64 [b] epochs, int64 [b] ids."""
+  size = local_batch_size(batch_size, process_index, process_count)
+
+  def part(k, _):
+    start = k * batch_size + process_index * size
+    epochs, ids = zip(*(drawn[at] for at in range(start, start + size)))
+    return np.array(epochs, np.int64), np.array(ids, np.int64)
+
+  return grain.MapDataset.range(1).repeat(None).map_with_index(part)
 
 
 def eval_batches(

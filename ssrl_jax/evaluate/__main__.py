@@ -11,10 +11,12 @@ import logging
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax import processes
+from ssrl_jax.command_line import print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
 from ssrl_jax.experiment import open_split
@@ -29,22 +31,27 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   folder = Path(values.workdir)
   out = Path(values.out) if values.out else folder / "evaluation.json"
   config.evaluate.evals = values.evals
+  print_line(processes.start(
+    values.coordinator, values.num_processes, values.process_id,
+    minutes=config.watchdog.start_minutes,
+  ))  # fmt: skip
+  say = print_line if jax.process_index() == 0 else lambda line: None
   experiment, state = load_run(folder)
   other = load_run(Path(values.other)) if values.other else None
-  print_line(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
+  say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = experiment._replace(config=config)
   train = open_split(config, "train")
   test = open_test(experiment, train)
   encoders = tuple(filter(None, values.encoders.split(",")))
   evaluated = evaluate_run(
-    experiment, state, train, test, evals=values.evals, say=print_line,
+    experiment, state, train, test, evals=values.evals, say=say,
     folder=out.with_suffix(""), other=other, encoders=encoders,
   )  # fmt: skip
   merge_evaluation(
     out, evaluated.results, options={name: config[name].to_dict() for name in GROUPS},
     step=int(state.step), state_digest=state_digest(state),
   )  # fmt: skip
-  print_line(results_table(evaluated.results))
+  say(results_table(evaluated.results))
   return 0
 
 
@@ -63,6 +70,7 @@ def cli(argv: list[str]) -> int:
     flags.DEFINE_string(
       "out", "", "NAME.json for the figures; default: WORKDIR/evaluation.json", values
     )
+    processes.define_flags(values)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     values(argv, known_only=True)
     if not values.workdir:
@@ -83,7 +91,7 @@ def cli(argv: list[str]) -> int:
     config.update({name: group.value for name, group in groups.items()})
     return run(values, config)
 
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return processes.exit_together(program, show_traceback=lambda: "--traceback" in argv)
 
 
 if __name__ == "__main__":

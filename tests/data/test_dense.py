@@ -71,8 +71,7 @@ def test_processes_share_the_global_batch(tmp_path):
       for p in range(2)
     ]
     for one, *two in zip(whole, *parts):
-      together = np.concatenate([b["id"] for b in two])
-      assert sorted(together) == sorted(one["id"])
+      np.testing.assert_array_equal(np.concatenate([b["id"] for b in two]), one["id"])
 
 
 def test_evaluation_has_every_example_once(tmp_path):

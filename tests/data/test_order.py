@@ -44,9 +44,7 @@ def streams(source, steps, *, processes=1, **options):
     with contextlib.closing(batches):
       parts.append([next(batches) for _ in range(steps)])
   return {
-    key: np.stack([np.stack([b[key] for b in part]) for part in parts], axis=2).reshape(
-      steps, -1, *parts[0][0][key].shape[1:]
-    )
+    key: np.concatenate([np.stack([b[key] for b in part]) for part in parts], axis=1)
     for key in ("id", "image", "substituted")
   }
 

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU slice, through preemptions: requests the slice (or takes the one that is
+# there), installs, runs on all its hosts, follows, and starts again what can go on.
+# Not run on a real TPU: checked by shellcheck, and by a test with a stand-in for gcloud.
+#
+#   NAME=ssrl ZONE=us-east5-b TYPE=v6e-32 VERSION=v2-alpha-tpuv6e DATA=bucket-of-data RUNS=bucket-of-runs \
+#     bash launch/tpu_pod.sh --config=configs/imagenet.py --config.data.source=folder:data/imagenet --workdir=runs/a
+#
+# Run it in the repository, on a machine with an authenticated gcloud and a project set; it may be
+# stopped (Ctrl-C) and started again: it finds the slice and the run. The arguments are those of
+# ssrl_jax.main. JAX finds the hosts of the slice by itself.
+#
+#   NAME      of the queued resource and of the slice
+#   ZONE      where; TYPE the accelerator, VERSION its software: cloud.google.com/tpu/docs/runtimes
+#   TIER      --spot (default), or --reserved, or an empty string for on demand
+#   DATA      bucket with the pictures, mounted read-only as data/ on every host by gcsfuse
+#   RUNS      bucket of the runs, mounted as runs/ on every host; needs a hierarchical namespace,
+#             in which a folder is renamed at once, as checkpoints are
+#   MAX_RESTARTS   default 50; POLL seconds between two looks, default 60
+#
+# Logs: runs/logs/HOST.log in the bucket, of all attempts; ends of them are shown when a run stops.
+# Delete the slice when all is done: gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${VERSION:?}" "${DATA:?}" "${RUNS:?}"
+tier=${TIER---spot} poll=${POLL:-60} left=${MAX_RESTARTS:-50}
+
+on_all() { # COMMAND: on every host of the slice
+  gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --quiet --command="$1"
+}
+
+state() { # of the queued resource; empty: there is none
+  gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)' 2>/dev/null || true
+}
+
+ensure_slice() { # until it is ACTIVE; one that was preempted cannot come back, and is replaced
+  local now
+  while now=$(state) && [[ $now != ACTIVE ]]; do
+    echo "$NAME: ${now:-not there}"
+    case $now in
+      '')
+        # shellcheck disable=SC2086  # an empty tier must vanish
+        gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
+          --accelerator-type="$TYPE" --runtime-version="$VERSION" $tier
+        ;;
+      SUSPENDED | FAILED)
+        gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
+        ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+install() { # the working tree as it is committed, Python 3.12 (the images have an older one), the mounts
+  local tree
+  tree=$(mktemp --suffix=.tar.gz)
+  git archive --format=tar.gz --output="$tree" HEAD
+  gcloud compute tpus tpu-vm scp "$tree" "$NAME:ssrl_jax.tar.gz" --zone="$ZONE" --worker=all --quiet
+  rm "$tree"
+  on_all "set -e
+    mkdir -p ssrl_jax && cd ssrl_jax && tar -xzf ../ssrl_jax.tar.gz && mkdir -p data runs
+    command -v gcsfuse >/dev/null || {
+      echo \"deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" |
+        sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+      curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null
+      sudo apt-get update -q && sudo apt-get install -qy gcsfuse
+    }
+    mountpoint -q data || gcsfuse --implicit-dirs -o ro '$DATA' data
+    mountpoint -q runs || gcsfuse --implicit-dirs '$RUNS' runs
+    mkdir -p runs/logs
+    [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+    [ -x .venv/bin/python ] || ~/.local/bin/uv venv --python 3.12 .venv
+    ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"
+}
+
+start_run() { # on every host, unless it runs there: a lost connection must not end it
+  local arguments
+  arguments=$(printf '%q ' "$@")
+  on_all "cd ssrl_jax
+    pgrep -f '[s]srl_jax.main' >/dev/null && exit 0
+    rm -f status
+    setsid nohup bash -c '.venv/bin/python -u -m ssrl_jax.main \"\$@\" >>runs/logs/\$(hostname).log 2>&1
+      echo \$? >status' run $arguments </dev/null >/dev/null 2>&1 &"
+}
+
+statuses() { # a line for each host: its exit status, or 'running'; nothing if a host is gone
+  on_all "cat ssrl_jax/status 2>/dev/null || echo running" 2>/dev/null || true
+}
+
+while true; do
+  ensure_slice
+  install
+  start_run "$@"
+  echo "running; logs are in the folder logs of gs://$RUNS"
+  while found=$(statuses) && grep -q running <<<"$found" && [[ $(state) == ACTIVE ]]; do
+    sleep "$poll"
+  done
+  # 0 finished everywhere; 1 is for a user to put right; all others (75 hung or left alone, 134 ended
+  # by JAX, 137 killed, 143 saved and stopped by a notice, nothing: the slice is gone) go on.
+  if [[ -n $found ]] && ! grep -qvx 0 <<<"$found"; then
+    echo "finished"
+    exit 0
+  fi
+  if grep -qx 1 <<<"$found"; then
+    on_all "tail -n 5 ssrl_jax/runs/logs/\$(hostname).log" || true
+    exit 1
+  fi
+  if ((left-- == 0)); then
+    echo "error: restarted ${MAX_RESTARTS:-50} times; see the logs in gs://$RUNS/logs" >&2
+    exit 1
+  fi
+  echo "ended with $(tr '\n' ' ' <<<"${found:-no answer}"): starting again"
+done

@@ -1,0 +1,254 @@
+"""Several processes on this machine as one run; what they join by is gloo over the loopback."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+
+from ssrl_jax import parallel, processes
+from ssrl_jax.run_folder import alone_in
+from tests.commands import LIMIT, ROOT, Fork, free_port, together
+
+HERE = "tests.test_processes"
+RUN = ("--config=configs/smoke.py:simclr", "--config.steps=8", "--config.log.every_steps=1",
+       "--config.evaluate.evals=knn", "--config.evaluate.controls=False",
+       "--config.log.tensorboard=False")  # fmt: skip
+QUIET = ("--config.evaluate.evals=", "--config.evaluate.report=False")
+
+
+def cli(argv):
+  """A command without a network: processes that join, and then meet again and again."""
+  values = flags.FlagValues()
+  processes.define_flags(values)
+  flags.DEFINE_string("folder", "", "Of the stacks.", flag_values=values)
+  flags.DEFINE_integer("meetings", 1, "How often.", flag_values=values)
+  flags.DEFINE_float("minutes", 5.0, "To wait.", flag_values=values)
+  values(argv)
+
+  def program():
+    given = values.coordinator, values.num_processes, values.process_id
+    print(processes.start(*given, minutes=values.minutes), flush=True)
+    folder, limits = pathlib.Path(values.folder), {"first_minutes": 5.0, "minutes": values.minutes}
+    with processes.watchdog(folder, **limits) as moved:
+      for _ in range(values.meetings):
+        parallel.all_processes(parallel.np.arange(2))
+        moved()
+        print("met", flush=True)
+        time.sleep(0.01)
+    return 0
+
+  return processes.exit_together(program, show_traceback=lambda: False)
+
+
+def wait_for(line, command):
+  for said in command.lines():
+    if re.match(line, said):
+      return
+  raise AssertionError(f"ended without {line!r}: {command.finish()}")
+
+
+def finish(commands):
+  return [command.finish() for command in commands]
+
+
+def records(folder):
+  timing = ("images_per_second", "data_wait_percent", "mfu_percent")
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in r.items() if k not in timing} for r in lines]
+
+
+def results(folder):
+  record = json.loads((folder / "results.json").read_text())
+  return record["state_digest"], record["results"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The folder of a run of one process."""
+  folder = tmp_path_factory.mktemp("alone")
+  code, out, err = Fork(*RUN, f"--workdir={folder}", num_devices=2).finish()
+  assert code == 0, err
+  assert out.splitlines()[0] == "one process (no cluster detected)"
+  return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  """The folder of a run of two processes of which one got SIGTERM, while they compiled."""
+  folder = tmp_path_factory.mktemp("stopped")
+  commands = together(2, *RUN, f"--workdir={folder}")
+  wait_for("starting at step 0", commands[0])
+  os.kill(commands[1].process.pid, signal.SIGTERM)
+  (code, out, err), other = finish(commands)
+  assert (code, other[0]) == (143, 143), err + other[2]
+  step = int(re.search(r"stopped at step (\d+); the same command goes on", out)[1])
+  assert 0 < step < 8
+  assert (folder / "checkpoints" / str(step)).is_dir()
+  return folder
+
+
+def go_on(count, stopped, folder, *more, num_devices=1):
+  """A copy of the stopped run, brought to its end by `count` processes."""
+  shutil.copytree(stopped, folder)
+  arguments = (*RUN, f"--workdir={folder}", *more)
+  for code, _, err in finish(together(count, *arguments, num_devices=num_devices)):
+    assert code == 0, err
+  return folder
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_continued_are_one_process_of_as_many_devices(
+  alone, stopped, tmp_path
+):
+  """Every figure and every byte: the order of two summands does not matter."""
+  folder = go_on(2, stopped, tmp_path / "run")
+  assert records(folder) == records(alone)
+  assert results(folder) == results(alone)
+  assert (folder / "report.html").exists()
+  assert (folder / "damaged.jsonl").exists() == (alone / "damaged.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_began(alone, stopped, tmp_path):
+  folder = go_on(1, stopped, tmp_path / "run", *QUIET, num_devices=2)
+  assert records(folder) == records(alone)
+  assert results(folder)[0] == results(alone)[0]
+
+
+@pytest.mark.slow
+def test_four_processes_of_twice_the_devices_go_on_with_the_same_losses(alone, stopped, tmp_path):
+  """To rounding; but for the probe, as Adam makes steps of any size of what is nearly nothing."""
+  folder = go_on(4, stopped, tmp_path / "run", *QUIET)
+  for record, want in zip(records(folder), records(alone), strict=True):
+    assert record.keys() == want.keys()
+    for name, value in want.items():
+      if not name.startswith("probe/"):
+        assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (("host:1", 0, -1), "--coordinator=host:1 is given without --num_processes and --process_id;"),
+    (("", 2, 0), "--num_processes=2 --process_id=0 is given without --coordinator; give all of"),
+    (("", 0, 1), "--process_id=1 is given without --coordinator and --num_processes"),
+    (("host", 2, 0), "--coordinator is 'host'; expected HOST:PORT"),
+    (("host:1", 2, 2), "--process_id is 2; expected 0 to 1"),
+    (("host:1", -2, 0), "--process_id is 0; expected 0 to -3"),
+  ],
+)
+def test_flags_that_are_incomplete_or_impossible_are_refused(given, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    processes.start(*given)
+
+
+def test_one_process_alone_joins_nothing(monkeypatch):
+  monkeypatch.setattr(processes.jax.distributed, "initialize", None)
+  assert processes.start() == "one process (no cluster detected)"
+  assert processes.start(num_processes=1) == "one process (as --num_processes says)"
+  slurm = {"JOB_ID": "7", "STEP_NODELIST": "a", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+  for name, value in slurm.items():
+    monkeypatch.setenv(f"SLURM_{name}", value)
+  assert processes.start() == "one process (SlurmCluster detected)"
+
+
+@pytest.mark.parametrize(
+  ("flags_of", "message"),
+  [
+    ({1: (2, 1)}, "process 1 of 2 (coordinator 127.0.0.1:{port} given): not all of them came"),
+    ({0: (2, 0)}, "process 0 of 2 (coordinator 127.0.0.1:{port} given): not all of them came"),
+    ({0: (2, 0), 1: (3, 1)}, "process 1 was started as one of 3, and process 0 as one of 2"),
+  ],
+  ids=["no coordinator", "too few", "another count"],
+)
+def test_job_that_does_not_come_together_says_so_in_a_stated_time(flags_of, message, tmp_path):
+  port = free_port()
+  commands = {
+    i: Fork(f"--coordinator=127.0.0.1:{port}", f"--num_processes={n}", f"--process_id={p}",
+            "--minutes=0.05", f"--folder={tmp_path}", module=HERE)
+    for i, (n, p) in flags_of.items()
+  }  # fmt: skip
+  code, _, err = finish(commands.values())[-1]
+  assert code == (1 if "started as" in message else processes.LOST), err
+  assert f"error: {message.format(port=port)}" in err
+  assert code == 1 or "within 0.05 minutes" in err
+
+
+def slurm_environment(i, port, *, nodes):
+  return {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
+    "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % (2 // nodes)),
+    "SLURM_STEP_NUM_NODES": str(nodes), "JAX_COORDINATOR_PORT": str(port),
+  }  # fmt: skip
+
+
+def test_slurm_tasks_join_by_themselves(tmp_path):
+  port = free_port()
+  commands = [
+    Fork(f"--folder={tmp_path}", module=HERE, environment=slurm_environment(i, port, nodes=2))
+    for i in range(2)
+  ]
+  for i, (code, out, err) in enumerate(finish(commands)):
+    assert code == 0, err
+    assert f"process {i} of 2 (SlurmCluster detected); 2 devices" in out
+  assert not list(tmp_path.iterdir())  # no stacks of what went well
+
+
+@pytest.mark.parametrize(("nodes", "shares"), [(1, True), (2, False)])
+def test_a_task_has_one_device_only_where_it_shares_its_host(nodes, shares, monkeypatch):
+  for name, value in slurm_environment(0, 1, nodes=nodes).items():
+    monkeypatch.setenv(name, value)
+  assert processes._shares_host() == shares
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_process_that_hangs_or_dies_does_not_leave_the_other_waiting(number, tmp_path):
+  shared = ("--meetings=100000", "--minutes=0.05", f"--folder={tmp_path}")
+  commands = together(2, *shared, module=HERE)
+  wait_for("met", commands[0])
+  os.kill(commands[1].process.pid, number)
+  code, _, err = commands[0].finish()
+  assert code == processes.LOST, err
+  if number == signal.SIGKILL:
+    assert "error: another process is gone" in err
+    commands[1].finish()
+    return
+  assert "process 0: no step was finished in 0.05 minutes" in err
+  stacks = (tmp_path / "stacks-0.txt").read_text()
+  assert "in all_processes" in stacks
+  assert "in watch" in stacks
+  os.kill(commands[1].process.pid, signal.SIGCONT)
+  assert commands[1].finish()[0] in (processes.LOST, -signal.SIGABRT)
+
+
+def test_watchdog_counts_neither_the_clock_nor_the_time_that_a_process_was_stopped(tmp_path):
+  command = Fork("--meetings=300", "--minutes=0.02", f"--folder={tmp_path}", module=HERE)
+  wait_for("met", command)
+  os.kill(command.process.pid, signal.SIGSTOP)
+  time.sleep(2)
+  os.kill(command.process.pid, signal.SIGCONT)
+  assert command.finish()[0] == 0
+
+
+def test_folder_is_held_until_the_process_has_ended_however_it_did(tmp_path):
+  code = f"import sys, ssrl_jax.run_folder as r\nwith r.alone_in(r.Path({str(tmp_path)!r})):\n"
+  code += "  print('holds', flush=True)\n  sys.stdin.read()"
+  first = subprocess.Popen(
+    [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  )
+  assert first.stdout.readline() == b"holds\n"
+  held = pytest.raises(ValueError, match=rf"another process \({first.pid} on ")
+  with held, alone_in(tmp_path):
+    pass
+  first.kill()  # which frees it
+  first.communicate(timeout=LIMIT)
+  with alone_in(tmp_path):
+    pass
