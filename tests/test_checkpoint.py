@@ -236,7 +236,7 @@ def test_failed_save_is_made_again_of_the_state_that_there_is_by_then(
 def test_save_is_not_tried_before_its_time_and_the_last_failure_stops_the_run(
   tmp_path, monkeypatch
 ):
-  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=1, retry_seconds=0.05)
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=1, retry_seconds=1.0)
   flaky = Flaky(monkeypatch, "save", 2)
   checkpoints.save(make_state(1), step=1, score=0.0)
   assert not checkpoints.due()
