@@ -26,13 +26,16 @@ def get_table(budget: str) -> Table:
         "evaluate.detection.steps": STEPS[budget],
         "evaluate.detection.finetune": True,
         "evaluate.detection.size": 160 if local else 800,
+        "evaluate.detection.stride": 8 if local else 4,
+        "evaluate.detection.levels": 3 if local else 4,
       },
     )
     for figure in ("AP", "AP50", "AP75"):
       columns.append(Column(f"{name} {figure}", name, f"detection/{figure}"))
   return Table(
     title="Detection",
-    text=f"{PHOTOS_TEXT} An FCOS head and the encoder, 300 steps of 16 pictures at 160 px."
+    text=f"{PHOTOS_TEXT} An FCOS head on strides 8 to 32 and the encoder, 300 steps of "
+    "16 pictures at 160 px."
     if local
     else f"{IMAGENET_TEXT} COCO and VOC in COCO's format.",
     source="",
