@@ -38,8 +38,8 @@ CONVS = ("none", "pointwise", "depthwise")
 class FusionEncoder(nn.Module):
   """Images [B, H, W, 3] -> Features with `maps`, `scales` and `fused`.
 
-  `maps` are the backbone's, at the strides of the fused ones with these (F = width channels) behind
-  them; or the fused ones alone.
+  `maps` are the fused ones (F = width channels), the backbone's of the same strides before them; or
+  the fused ones alone.
 
   Departs from BiFPN: nearest and mean resizing without convolutions between scales, ReLU after a
   node's (optional) convolution and not before it, one pass.
@@ -91,8 +91,7 @@ class FusionEncoder(nn.Module):
     # Where two scales share a grid, the map of the coarser one has seen the finer one's.
     maps = {grids[s]: maps[s] for s in strides}
     if self.maps == "backbone_fused":
-      both = {s: [features.maps[s], *([maps[s]] if s in maps else [])] for s in strides}
-      maps = {s: jnp.concatenate(x, axis=-1) for s, x in both.items()}
+      maps = {s: jnp.concatenate([features.maps[s], x], axis=-1) for s, x in maps.items()}
     return features._replace(pooled=pooled_BD, maps=maps, scales=scales_BSF, fused=fused_BF)
 
   def _fuse(self, maps: dict[int, Array], grids: dict[int, int], train: bool) -> dict[int, Array]:
