@@ -31,11 +31,13 @@ def cli(argv):
   flags.DEFINE_string("folder", "", "Of the stacks.", flag_values=values)
   flags.DEFINE_integer("meetings", 1, "How often.", flag_values=values)
   flags.DEFINE_float("minutes", 5.0, "To wait.", flag_values=values)
+  flags.DEFINE_bool("refuse", False, "Process 0 finds something wrong.", flag_values=values)
   values(argv)
 
   def program():
     given = values.coordinator, values.num_processes, values.process_id
     print(processes.start(*given, minutes=values.minutes), flush=True)
+    processes.first_does(lambda: int("what is wrong" if values.refuse else "1"))
     folder, limits = pathlib.Path(values.folder), {"first_minutes": 5.0, "minutes": values.minutes}
     with processes.watchdog(folder, **limits) as moved:
       for _ in range(values.meetings):
@@ -180,6 +182,13 @@ def test_job_that_does_not_come_together_says_so_in_a_stated_time(flags_of, mess
   assert code == (1 if "started as" in message else processes.LOST), err
   assert f"error: {message.format(port=port)}" in err
   assert code == 1 or "within 0.05 minutes" in err
+
+
+def test_what_the_first_process_refuses_ends_all_alike():
+  for code, out, err in finish(together(2, "--refuse", module=HERE)):
+    assert code == 1
+    assert "error: invalid literal for int() with base 10: 'what is wrong'" in err
+    assert "met" not in out
 
 
 def slurm_environment(i, port, *, nodes):
