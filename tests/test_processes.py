@@ -30,13 +30,15 @@ def cli(argv):
   processes.define_flags(values)
   flags.DEFINE_string("folder", "", "Of the stacks.", flag_values=values)
   flags.DEFINE_integer("meetings", 1, "How often.", flag_values=values)
-  flags.DEFINE_float("minutes", 5.0, "To wait.", flag_values=values)
+  flags.DEFINE_float("pause", 0.0, "Seconds between two.", flag_values=values)
+  flags.DEFINE_float("start_minutes", 5.0, "For all to come.", flag_values=values)
+  flags.DEFINE_float("minutes", 5.0, "From one meeting to the next.", flag_values=values)
   flags.DEFINE_bool("refuse", False, "Process 0 finds something wrong.", flag_values=values)
   values(argv)
 
   def program():
     given = values.coordinator, values.num_processes, values.process_id
-    print(processes.start(*given, minutes=values.minutes), flush=True)
+    print(processes.start(*given, minutes=values.start_minutes), flush=True)
     processes.first_does(lambda: int("what is wrong" if values.refuse else "1"))
     folder, limits = pathlib.Path(values.folder), {"first_minutes": 5.0, "minutes": values.minutes}
     with processes.watchdog(folder, **limits) as moved:
@@ -44,7 +46,8 @@ def cli(argv):
         parallel.all_processes(parallel.np.arange(2))
         moved()
         print("met", flush=True)
-        time.sleep(0.01)
+        for _ in range(int(values.pause / 0.1)):
+          time.sleep(0.1)
     return 0
 
   return processes.exit_together(program, show_traceback=lambda: False)
@@ -172,10 +175,10 @@ def test_one_process_alone_joins_nothing(monkeypatch):
   ids=["no coordinator", "too few", "another count"],
 )
 def test_job_that_does_not_come_together_says_so_in_a_stated_time(flags_of, message, tmp_path):
-  port = free_port()
+  port, minutes = free_port(), 5 if "started as" in message else 0.05
   commands = {
     i: Fork(f"--coordinator=127.0.0.1:{port}", f"--num_processes={n}", f"--process_id={p}",
-            "--minutes=0.05", f"--folder={tmp_path}", module=HERE)
+            f"--start_minutes={minutes}", f"--folder={tmp_path}", module=HERE)
     for i, (n, p) in flags_of.items()
   }  # fmt: skip
   code, _, err = finish(commands.values())[-1]
@@ -220,7 +223,7 @@ def test_a_task_has_one_device_only_where_it_shares_its_host(nodes, shares, monk
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_process_that_hangs_or_dies_does_not_leave_the_other_waiting(number, tmp_path):
-  shared = ("--meetings=100000", "--minutes=0.05", f"--folder={tmp_path}")
+  shared = ("--meetings=1000", "--pause=0.1", "--minutes=0.1", f"--folder={tmp_path}")
   commands = together(2, *shared, module=HERE)
   wait_for("met", commands[0])
   os.kill(commands[1].process.pid, number)
@@ -230,7 +233,7 @@ def test_process_that_hangs_or_dies_does_not_leave_the_other_waiting(number, tmp
     assert "error: another process is gone" in err
     commands[1].finish()
     return
-  assert "process 0: no step was finished in 0.05 minutes" in err
+  assert "process 0: no step was finished in 0.1 minutes" in err
   stacks = (tmp_path / "stacks-0.txt").read_text()
   assert "in all_processes" in stacks
   assert "in watch" in stacks
@@ -239,10 +242,11 @@ def test_process_that_hangs_or_dies_does_not_leave_the_other_waiting(number, tmp
 
 
 def test_watchdog_counts_neither_the_clock_nor_the_time_that_a_process_was_stopped(tmp_path):
-  command = Fork("--meetings=300", "--minutes=0.02", f"--folder={tmp_path}", module=HERE)
+  shared = ("--meetings=2", "--pause=2", "--minutes=0.1", f"--folder={tmp_path}")
+  command = Fork(*shared, module=HERE)
   wait_for("met", command)
   os.kill(command.process.pid, signal.SIGSTOP)
-  time.sleep(2)
+  time.sleep(7)  # with the pause around it, more than the limit
   os.kill(command.process.pid, signal.SIGCONT)
   assert command.finish()[0] == 0
 
