@@ -197,10 +197,11 @@ def exit_together(program: Callable[[], int], *, show_traceback: Callable[[], bo
     traceback.print_exc()
     status = 1
   state = distributed.global_state
-  if state.client is not None and status not in (0, STOPPED):
+  if state.client is not None:
     sys.stderr.flush()
-    _after(GRACE if state.service is None else 1.5 * GRACE, lambda: os._exit(status))
-    with contextlib.suppress(Exception):
+    if status not in (0, STOPPED):
+      _after(GRACE if state.service is None else 1.5 * GRACE, lambda: os._exit(status))
+    with contextlib.suppress(Exception):  # here all wait for all: with process 0 JAX ends the rest
       jax.distributed.shutdown()
   return status
 

@@ -71,7 +71,7 @@ def wait_until_free(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
-  """Writes config.json and data.json; refuses one that holds another run.
+  """Makes the folder, writes config.json and data.json; refuses one that holds another run.
 
   For one process of a run.
 
@@ -92,6 +92,7 @@ def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_cha
         f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
         "--workdir, or pass --allow_config_change to go on with the new one"
       )
+  folder.mkdir(parents=True, exist_ok=True)
   write_json(path, config.to_dict())
   write_json(folder / "data.json", facts._asdict())
 
