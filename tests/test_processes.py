@@ -256,8 +256,8 @@ def test_watchdog_looks_at_no_clock(monkeypatch, tmp_path):
   monkeypatch.setattr(processes, "_end", lambda *args, **kwargs: ended.append(args))
   with processes.watchdog(tmp_path, first_minutes=0.1, minutes=0.1):
     for name in ("time", "monotonic", "perf_counter"):
-      jumped = lambda real=getattr(time, name): real() + 3600  # noqa: E731
-      monkeypatch.setattr(time, name, jumped)
+      real = getattr(time, name)
+      monkeypatch.setattr(time, name, lambda real=real: real() + 3600)
     time.sleep(1.5)  # some of its ticks
   assert not ended
   assert not list(tmp_path.iterdir())
