@@ -30,7 +30,8 @@ POOLED = {
   "backbone_fused": ("backbone", "fused"),
   "backbone_scales": ("backbone", "scales"),
 }
-# What `maps` holds. The fused maps alone are narrow: a linear head reads more from both.
+# What `maps` holds. A linear head reads more from both, a decoder from the fused ones:
+# docs/results.md, "Segmentation".
 MAPS = ("fused", "backbone_fused")
 CONVS = ("none", "pointwise", "depthwise")
 
@@ -38,8 +39,7 @@ CONVS = ("none", "pointwise", "depthwise")
 class FusionEncoder(nn.Module):
   """Images [B, H, W, 3] -> Features with `maps`, `scales` and `fused`.
 
-  `maps` are the fused ones (F = width channels), the backbone's of the same strides before them; or
-  the fused ones alone.
+  `maps` are the fused ones (F = width channels); or, before them, the backbone's of these strides.
 
   Departs from BiFPN: nearest and mean resizing without convolutions between scales, ReLU after a
   node's (optional) convolution and not before it, one pass.
@@ -48,7 +48,7 @@ class FusionEncoder(nn.Module):
   backbone: nn.Module  # images, train -> Features
   width: int = 128
   pooled: str = "backbone_scales"  # a key of POOLED
-  maps: str = "backbone_fused"  # one of MAPS
+  maps: str = "fused"  # one of MAPS
   coarsen: int = (
     0  # the finest maps that first are averaged to the next one's grid: saves most time
   )

@@ -61,7 +61,7 @@ def test_features_have_the_shapes_of_the_contract(backbone, pooled):
   fused, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, True), images)
   dim = plain.pooled.shape[1]
   assert {s: m.shape for s, m in fused.maps.items()} == {
-    s: (*m.shape[:3], m.shape[3] + 6) for s, m in plain.maps.items()
+    s: (*m.shape[:3], 6) for s, m in plain.maps.items()
   }
   assert list(fused.maps) == sorted(fused.maps)
   scales = 6 * fused.scales.shape[1]
@@ -77,7 +77,7 @@ def test_constant_maps_by_hand():
   # Sides 5, 3, 2 are those of strides 1, 2, 4 of a picture of 5 x 5 pixels.
   constants = {1: 1.0, 2: 4.0, 4: 16.0}
   values = {s: np.full((1, -(-5 // s), -(-5 // s), 1), c, np.float32) for s, c in constants.items()}
-  model = FusionEncoder(Maps(values), width=1, maps="fused")
+  model = FusionEncoder(Maps(values), width=1)
   variables = identity_projections(random_variables(model, (1, 5, 5, 3)), 1)
   features = jax.jit(lambda v, x: model.apply(v, x, False))(variables, jnp.zeros((1, 5, 5, 3)))
   # Top-down: (4 + 16)/2 = 10, (1 + 10)/2 = 5.5; bottom-up: (4 + 10 + 5.5)/3 = 6.5, (16 + 6.5)/2.
@@ -106,7 +106,7 @@ def test_fusion_of_random_maps_equals_numpy():
   np_rng = np.random.default_rng(0)
   sizes = {4: (2, 3), 1: (7, 9), 2: (4, 5)}  # in no order, odd
   values = {s: np_rng.normal(size=(2, *hw, 3)).astype(np.float32) for s, hw in sizes.items()}
-  model = FusionEncoder(Maps(values), width=3, maps="fused")
+  model = FusionEncoder(Maps(values), width=3)
   variables = identity_projections(random_variables(model, (2, 7, 9, 3)), 3)
   params = variables["params"]
   weights = {
@@ -187,7 +187,7 @@ def test_node_convolution_has_the_named_parameters(conv):
 
 
 def test_coarsen_averages_the_finest_map_and_keeps_its_scale():
-  model = FusionEncoder(RESNET, width=6, coarsen=1, pooled="scales", maps="fused")
+  model = FusionEncoder(RESNET, width=6, coarsen=1, pooled="scales")
   images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
   features, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, True), images)
   assert {s: m.shape for s, m in features.maps.items()} == {2: (2, 8, 8, 6), 4: (2, 4, 4, 6)}
