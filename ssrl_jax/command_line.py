@@ -13,6 +13,19 @@ def print_line(line: str) -> None:
   print(line, flush=True)
 
 
+def help_asked(argv: list[str], text: str, values: flags.FlagValues) -> bool:
+  """Whether --help is among the arguments; then prints `text` and the flags of this package."""
+  if not {"--help", "-help", "-h"}.intersection(argv[1:]):
+    return False
+  print_line(f"{text.strip()}\n\nFlags:")
+  for name in values:
+    flag, module = values[name], values.find_module_defining_flag(name) or ""
+    if module in ("__main__", sys.argv[0]) or module.startswith("ssrl_jax"):  # not a library's
+      default = "" if flag.default in (None, "", False) else f" [{flag.default}]"
+      print_line(f"  --{name:<20} {flag.help}{default}")
+  return True
+
+
 def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
   """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
   try:

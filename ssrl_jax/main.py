@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from ssrl_jax import processes
-from ssrl_jax.command_line import print_line
+from ssrl_jax.command_line import help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
@@ -117,15 +118,18 @@ def judge(
   say(results_table(evaluated.results))
 
 
-def unknown_key(argv: list[str]) -> str | None:
-  """The message for the first --config.KEY of the command line that the recipe does not have."""
+def recipe_alone(argv: list[str]) -> dict[str, Any]:
+  """Every key of the --config=FILE among the arguments, as the file has it; {} without one."""
   alone, without = flags.FlagValues(), argv[:1] + [a for a in argv if a.startswith("--config=")]
   recipe = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=without)
   alone(without)
-  if recipe.value is None:
-    return None
+  return {} if recipe.value is None else flatten(recipe.value)
+
+
+def unknown_key(argv: list[str]) -> str | None:
+  """The message for the first --config.KEY of the command line that the recipe does not have."""
+  known = recipe_alone(argv)
   given = [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
-  known = flatten(recipe.value)
   for key in given:
     group = key.rpartition(".")[0]
     if key not in known and not any(k.startswith(f"{key}.") for k in known):
@@ -138,6 +142,11 @@ def cli(argv: list[str]) -> int:
   logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
 
   def program() -> int:
+    if help_asked(argv, __doc__, flags.FLAGS):
+      keys = recipe_alone(argv) or {"KEY": "any key of the recipe; --config=FILE --help lists them"}
+      for key, value in keys.items():
+        print_line(f"  --config.{key} [{value}]")
+      return 0
     try:
       flags.FLAGS(argv)
     except AttributeError as error:

@@ -17,7 +17,7 @@ from absl import flags
 
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
 from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
 from ssrl_jax.guard import read_bad_step
@@ -73,6 +73,8 @@ def cli(argv: list[str]) -> int:
       "step", 0, "Which: NUMBER of a file bad_steps/NUMBER.npz.", flag_values=values
     )
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    if help_asked(argv, __doc__, values):
+      return 0
     values(argv)
     if not values.workdir or values.step < 1:
       raise ValueError("--workdir=DIR and --step=STEP are needed, STEP >= 1")

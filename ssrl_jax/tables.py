@@ -3,10 +3,6 @@
 One command for one results table. It trains what is missing (and goes on with what was stopped),
 evaluates what is missing, and writes DIR/NAME-BUDGET.md, .csv, .tex, .png and .json. What was not
 run is shown as not run. Tables that share a folder share its runs.
---plan         steps, FLOPs and estimated hours of what is missing; nothing is run
---report       writes the table of what is there; nothing is run
---rows=i/n     every n-th training from the i-th on, to spread a table over machines
---merge=A,B    reads the runs of other folders too
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
 from ssrl_jax.config import change, flatten, load_file
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import TITLES, select
@@ -349,11 +345,20 @@ def cli(argv: list[str]) -> int:
     flags.DEFINE_string("table", "", "configs/tables/NAME.py[:BUDGET]", v)
     flags.DEFINE_string("workdir", "", "Folder of runs and tables.", v)
     flags.DEFINE_string("data", "data", "Folder of the data sets of the local budget.", v)
-    flags.DEFINE_string("rows", "1/1", "i/n: every n-th training from the i-th on.", v)
+    flags.DEFINE_string(
+      "rows",
+      "1/1",
+      "i/n: every n-th training from the i-th on, to spread a table over machines.",
+      v,
+    )
     flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", v)
-    flags.DEFINE_bool("plan", False, "Only print what is missing and its cost.", v)
-    flags.DEFINE_bool("report", False, "Only write the table of what there is.", v)
+    flags.DEFINE_bool(
+      "plan", False, "Print steps, FLOPs and estimated hours of what is missing; run nothing.", v
+    )
+    flags.DEFINE_bool("report", False, "Write the table of what there is; run nothing.", v)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", v)
+    if help_asked(argv, __doc__, v):
+      return 0
     v(argv)
     if not v.table or not v.workdir:
       raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ssrl_jax.run_folder import alone_in
-from tests.commands import EVALUATE, LIMIT, ROOT, Fork, start
+from tests.commands import EVALUATE, LIMIT, MAIN, ROOT, Fork, start
 
 SMOKE = "--config=configs/smoke.py"
 QUICK = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")  # what conftest.py makes compilation quick by
@@ -240,6 +240,25 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 def test_bad_arguments_give_one_line_with_the_fix(arguments, message, tmp_path):
   assert message in fails_with_one_line(*arguments, f"--workdir={tmp_path / 'run'}")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("module", "arguments", "lines"),
+  [
+    (MAIN, [], ["--dry_run", "--workdir", "--config.KEY"]),
+    (MAIN, [SMOKE + ":byol"], ["--config.method.tau [0.99]", "--config.batch_size [16]"]),
+    (EVALUATE, [], ["--workdir", "--evals", "[knn,linear]"]),
+    ("ssrl_jax.tables", [], ["--plan", "--rows"]),
+    ("ssrl_jax.replay", [], ["--step"]),
+    ("ssrl_jax.data.cluster", [], ["--num_clusters"]),
+  ],
+)
+def test_help_lists_the_flags_and_what_the_recipe_lets_be_set(module, arguments, lines):
+  code, out, err = run(*arguments, "--help", module=module)
+  assert (code, err) == (0, "")
+  assert out.startswith("python -m ssrl_jax.")
+  assert all(line in out for line in lines)
+  assert not re.search("grain|logtostderr", out)  # what libraries define
 
 
 def test_empty_folder_names_the_extensions(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from sklearn.cluster import MiniBatchKMeans
 
-from ssrl_jax.command_line import exit_with_one_line, print_line
+from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
 
@@ -50,6 +50,8 @@ def cli(argv: list[str]) -> int:
     flags.DEFINE_string("out", "clusters.npy", "The file to write.", values)
     flags.DEFINE_integer("seed", 0, "Of k-means.", flag_values=values)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    if help_asked(argv, __doc__, values):
+      return 0
     values(argv)
     if not values.workdir:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")

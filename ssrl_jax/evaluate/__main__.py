@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ssrl_jax import processes
-from ssrl_jax.command_line import print_line
+from ssrl_jax.command_line import help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
 from ssrl_jax.experiment import open_split
@@ -72,6 +72,8 @@ def cli(argv: list[str]) -> int:
     )
     processes.define_flags(values)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    if help_asked(argv, __doc__, values):
+      return 0
     values(argv, known_only=True)
     if not values.workdir:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")

@@ -49,9 +49,7 @@ class FusionEncoder(nn.Module):
   width: int = 128
   pooled: str = "backbone_scales"  # a key of POOLED
   maps: str = "fused"  # one of MAPS
-  coarsen: int = (
-    0  # the finest maps that first are averaged to the next one's grid: saves most time
-  )
+  coarsen: int = 0  # the finest maps that are averaged to the next one's grid: saves most time
   conv: str = "none"  # at every node, with BatchNorm: "none", "pointwise" 1x1 or "depthwise" 3x3
   dtype: Any = jnp.float32
   norm: str = "batch"  # see models.resnet.normalised
