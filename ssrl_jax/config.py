@@ -152,6 +152,12 @@ def base_config(method: str) -> ConfigDict:
   for name, protocol in EVALS.items():
     c.evaluate[name] = ConfigDict(keyword_defaults(protocol.run))
   c.evaluate.report = True  # write report.html
+  c.evaluate.during = ConfigDict()  # the same while training: figures in metrics.jsonl
+  c.evaluate.during.every_steps = 0  # 0 = never
+  c.evaluate.during.evals = "knn"
+  c.evaluate.during.num_train = 0  # training pictures to judge by; 0 = all
+  c.evaluate.during.figure = "knn/accuracy"  # the higher, the better: what `patience` is about
+  c.evaluate.during.patience = 0  # > 0: so many evaluations without a new best end the run
   return c
 
 

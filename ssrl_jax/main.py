@@ -24,7 +24,7 @@ from ssrl_jax.command_line import help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
-from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
+from ssrl_jax.evaluate.suite import evaluate_during, evaluate_run, open_test, results_table
 from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
@@ -68,7 +68,9 @@ def run(argv: list[str]) -> int:
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
   training_sampling(config, source)  # what is wrong with it is said before there is a folder
-  params, test = abstract_state(experiment).params, open_test(experiment, source)
+  during = config.evaluate.during
+  evals = f"{config.evaluate.evals},{during.evals if during.every_steps else ''}"
+  params, test = abstract_state(experiment).params, open_test(experiment, source, evals)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
   facts, limits = Facts(len(source), source.num_classes), config.watchdog
@@ -84,7 +86,8 @@ def run(argv: list[str]) -> int:
     with processes.watchdog(
       folder, first_minutes=limits.first_minutes, minutes=limits.minutes
     ) as moved:
-      state, finished = train(experiment, source, folder, say=say, moved=moved)
+      evaluate = evaluate_during(experiment, source, test, moved=moved)
+      state, finished = train(experiment, source, folder, say=say, moved=moved, evaluate=evaluate)
     if not finished:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")
       return processes.STOPPED

@@ -100,7 +100,8 @@ def collapse(figures: dict[str, float], num_dimensions: int) -> str | None:
 class Writer:
   """metrics.jsonl (one JSON object a line) and TensorBoard events of one run's folder.
 
-  On resume at `step`, lines after it are dropped: each step stands there once, whatever happened.
+  On resume at `step`, lines after it are dropped: each figure of a step stands there once, whatever
+  happened. What was evaluated at a step is a line of its own.
   Only one process may have `writes`.
   """
 

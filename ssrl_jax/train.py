@@ -21,6 +21,7 @@ from ssrl_jax.data.damaged import DamagedList
 from ssrl_jax.data.pipeline import PADDING, train_batches
 from ssrl_jax.data.sampling import position
 from ssrl_jax.data.sources import Source
+from ssrl_jax.early_stop import EarlyStop
 from ssrl_jax.experiment import (
   Experiment,
   abstract_batch,
@@ -32,7 +33,7 @@ from ssrl_jax.experiment import (
 from ssrl_jax.flops import count_flops, peak_flops
 from ssrl_jax.guard import SPIKE, Guard, judge, unless
 from ssrl_jax.method import Array
-from ssrl_jax.metrics import Writer, first_non_finite, global_norm, health
+from ssrl_jax.metrics import Writer, first_non_finite, global_norm, health, read_metrics
 from ssrl_jax.pixels import denormalise
 from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
@@ -259,15 +260,17 @@ def train(
   *,
   say: Callable[[str], None],
   moved: Callable[[], None] = lambda: None,
+  evaluate: Callable[[TrainState], dict[str, float]] | None = None,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
 
   Args:
     moved: is called when a step was finished.
+    evaluate: judges a state every config.evaluate.during.every_steps steps; None: nothing does.
 
   Returns:
-    The final state, and whether the last step was reached (False: stopped by SIGTERM or Ctrl-C,
-    with a checkpoint of the step it had come to).
+    The final state, and whether the run is over: the last step, or early stopping (False: SIGTERM
+    or Ctrl-C, with a checkpoint of the step it had come to).
   """
   config, total = experiment.config, experiment.total_steps
   save_every = config.checkpoint.every_steps
@@ -278,7 +281,19 @@ def train(
   say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
   state = state or create_state(experiment)
   first = int(state.step)
-  if first >= total:
+  during = config.evaluate.during
+  evaluate_every = during.every_steps if evaluate else total
+  known = [r for r in read_metrics(workdir) if r["step"] <= first]
+  # A checkpoint comes before the evaluation of its step.
+  missing = parallel.all_processes(
+    np.array([all("loss" in r for r in known if r["step"] == first)])
+  )
+  evaluated = () if first and missing[0] else (first,)
+  early_stop = EarlyStop(during.figure, during.patience if evaluate else 0, known)
+  reason = early_stop.reason()
+  if first >= total or reason:
+    if reason:
+      say(f"stopped early: {reason}")
     checkpoints.close()
     return state, True
 
@@ -300,7 +315,9 @@ def train(
     watched=watched_tensors(experiment),
     writes=writes,
   )
-  watch = Stopwatch(batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size)
+  watch = Stopwatch(
+    step=first, batch_size=config.batch_size, flops=flops, peak=peak * experiment.mesh.size
+  )
   damaged = damaged_list(experiment, source, workdir, state)
   latest: dict[str, float] = {}
 
@@ -315,10 +332,24 @@ def train(
       damaged.settle(step, figures["data/substituted"], unread_B, steps.batches.damage)
       latest.update(figures if good else {})
       if step % config.log.every_steps == 0 or step == total:
-        figures |= watch.read()
+        figures |= watch.read(step)
         writer.write(step, figures)
         guard.check_collapse(step, figures)
         say(progress_line(step, total, figures, config.batch_size))
+
+  def judge_state(state, step) -> str | None:
+    """Evaluates and logs it; why the run ends here, if it does."""
+    start = time.perf_counter()
+    figures = evaluate(state)
+    writer.write(step, figures)
+    early_stop.add(figures)
+    watch.paused(time.perf_counter() - start)
+    listed = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+    say(f"evaluated at step {step}: {listed}")
+    return early_stop.reason()
+
+  def save(how: Callable) -> None:
+    how(state, step=step, score=latest.get("probe/accuracy", 0.0))
 
   pending, step, stop = [], first, False
   with (
@@ -328,8 +359,17 @@ def train(
     closing(steps.batches),
   ):
     while step < total:
+      if step % evaluate_every == 0 and step not in evaluated:
+        settle(pending)
+        save(checkpoints.save)  # nothing is lost if the run is stopped meanwhile
+        pending, reason = [], judge_state(state, step)
+        if reason:
+          say(f"stopped early: {reason}")
+          save(checkpoints.finish)
+          break
       before, pending = pending, []
-      for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every)):
+      for _ in range(steps_to_edge(step, total, steps.most, config.log.every_steps, save_every,
+                                   evaluate_every)):  # fmt: skip
         start = time.perf_counter()
         batch = next(steps.batches)
         watch.waited(time.perf_counter() - start)
@@ -343,11 +383,10 @@ def train(
       if step % save_every == 0 or last or checkpoints.due():
         settle(pending)
         pending = []
-        save = checkpoints.finish if last else checkpoints.save
-        save(state, step=step, score=latest.get("probe/accuracy", 0.0))
+        save(checkpoints.finish if last else checkpoints.save)
       if stop:
         break
-  return state, int(state.step) >= total
+  return state, step == total or bool(reason)
 
 
 def views_fed(

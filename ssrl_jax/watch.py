@@ -8,23 +8,27 @@ import time
 class Stopwatch:
   """Rates since the last reading: images/s, share of time spent waiting for data, MFU."""
 
-  def __init__(self, *, batch_size: int, flops: float, peak: float):
+  def __init__(self, *, step: int, batch_size: int, flops: float, peak: float):
     self._batch_size, self._flops, self._peak = batch_size, flops, peak
-    self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+    self._start, self._waited, self._step = time.perf_counter(), 0.0, step
 
   def waited(self, seconds: float) -> None:
     self._waited += seconds
-    self._steps += 1
 
-  def read(self) -> dict[str, float]:
+  def paused(self, seconds: float) -> None:
+    """Leaves out what was no training."""
+    self._start += seconds
+
+  def read(self, step: int) -> dict[str, float]:
+    """Those until now, when `step` is known to be finished."""
     now = time.perf_counter()
-    seconds, steps = max(now - self._start, 1e-9), self._steps
+    seconds, steps = max(now - self._start, 1e-9), step - self._step
     figures = {
       "images_per_second": self._batch_size * steps / seconds,
       "data_wait_percent": 100 * self._waited / seconds,
       "mfu_percent": 100 * self._flops * steps / seconds / self._peak,
     }
-    self._start, self._waited, self._steps = now, 0.0, 0
+    self._start, self._waited, self._step = now, 0.0, step
     return figures
 
 

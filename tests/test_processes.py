@@ -21,6 +21,7 @@ from tests.commands import LIMIT, ROOT, Fork, free_port, together
 HERE = "tests.test_processes"
 RUN = ("--config=configs/smoke.py:simclr", "--config.encoder.name=resnet6",
        "--config.steps=8", "--config.log.every_steps=1",
+       "--config.evaluate.during.every_steps=6", "--config.evaluate.during.num_train=64",
        "--config.evaluate.evals=knn", "--config.evaluate.controls=False",
        "--config.log.tensorboard=False")  # fmt: skip
 QUIET = ("--config.evaluate.evals=", "--config.evaluate.report=False")
@@ -136,12 +137,13 @@ def test_one_process_goes_on_with_what_two_began(alone, stopped, tmp_path):
 
 @pytest.mark.slow
 def test_four_processes_of_twice_the_devices_go_on_with_the_same_losses(alone, stopped, tmp_path):
-  """To rounding; but for the probe, as Adam makes steps of any size of what is nearly nothing."""
+  """To rounding; but for the probe, as Adam makes steps of any size of what is nearly nothing, and
+  for what counts neighbours."""
   folder = go_on(4, stopped, tmp_path / "run", *QUIET)
   for record, want in zip(records(folder), records(alone), strict=True):
     assert record.keys() == want.keys()
     for name, value in want.items():
-      if not name.startswith("probe/"):
+      if not name.startswith(("probe/", "knn/")):
         assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 

@@ -1,16 +1,19 @@
-"""Pictures kept on the devices train what streamed pictures do: same bytes, same figures."""
+"""The loop: cached pictures train what streamed ones do, and evaluations change nothing."""
 
 import json
 import os
 import signal
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import digits
 from ssrl_jax.config import view_group
+from ssrl_jax.early_stop import EarlyStop
+from ssrl_jax.evaluate.suite import evaluate_during
 from ssrl_jax.experiment import build, open_split
 from ssrl_jax.method import Features
 from ssrl_jax.methods import simclr
@@ -55,7 +58,7 @@ def tiny(folder, *, devices, cache="", ahead=1, sampling="class"):
   return c
 
 
-def run(config, workdir, *, stop_after=None):
+def run(config, workdir, *, stop_after=None, evaluate=None):
   """(digest of the last state, {step: figures}, whether it came to its end)."""
   workdir.mkdir(exist_ok=True)
   source = open_split(config, "train")
@@ -70,9 +73,15 @@ def run(config, workdir, *, stop_after=None):
     if stop_after and line.startswith(f"step {stop_after}/"):
       os.kill(os.getpid(), signal.SIGTERM)
 
-  state, finished = train(experiment, source, workdir, say=say)
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  figures = {r["step"]: {k: v for k, v in r.items() if k not in RATES} for r in rows}
+  if config.evaluate.during.every_steps and not evaluate:
+    evaluate = evaluate_during(experiment, source, source, moved=lambda: None)
+  state, finished = train(experiment, source, workdir, say=say, evaluate=evaluate)
+  figures = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    row = {k: v for k, v in json.loads(line).items() if k not in RATES}
+    known = figures.setdefault(row["step"], {})
+    assert known.keys() & row.keys() <= {"step"}, "a figure of a step stands there twice"
+    known.update(row)
   return state_digest(state), figures, finished
 
 
@@ -113,3 +122,103 @@ def test_steps_given_ahead_end_at_lines_checkpoints_and_the_end():
 def test_unknown_cache_is_refused(folder):
   with pytest.raises(ValueError, match=r"data.cache is 'gpu'; expected '' .* or 'device'"):
     build(tiny(folder, devices=1, cache="gpu"), num_examples=27, num_classes=2)
+
+
+def evaluating(folder, **options):
+  config = tiny(folder, devices=1)
+  config.evaluate.during.update({"every_steps": 2, **options})
+  config.evaluate.knn.k, config.evaluate.batch_size = 3, 8
+  return config
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory):
+  """An uninterrupted run with evaluations; which of them compiled something."""
+  compiled, config = [], evaluating(folder)
+
+  def listen(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(seconds)
+
+  before, judge_of = [], evaluate_during
+
+  def counting(state):
+    before.append(len(compiled))
+    figures = judge(state)
+    before.append(len(compiled))
+    return figures
+
+  source = open_split(config, "train")
+  experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
+  experiment = experiment._replace(
+    method=simclr.make(
+      encoder=Linear(), views=experiment.method.views, run=None, hidden_dim=8, out_dim=8
+    )
+  )
+  judge = judge_of(experiment, source, source, moved=lambda: None)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    result = run(config, tmp_path_factory.mktemp("evaluated"), evaluate=counting)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  return result, before
+
+
+def test_evaluations_while_training_leave_it_as_it_is(streamed, evaluated):
+  (digest, figures, finished), _ = evaluated
+  assert finished
+  assert digest == streamed[0]
+  accuracy = {step: row.pop("knn/accuracy") for step, row in figures.items() if "knn/k" in row}
+  assert accuracy.keys() == {2, 4, 6}
+  assert all(0 < a <= 100 for a in accuracy.values())
+  assert {step: row for step, row in figures.items() if "loss" in row}.keys() == streamed[1].keys()
+
+
+def test_only_the_first_evaluation_compiles(evaluated):
+  _, (start, first, *later) = evaluated
+  assert first > start
+  assert later == [later[0]] * 4, "compiled during a later evaluation, or by the step after one"
+
+
+def test_run_that_dies_in_an_evaluation_makes_it_again(folder, evaluated, tmp_path):
+  config = evaluating(folder)
+
+  def killed(state):
+    if int(state.step) == 4:
+      raise SystemExit
+    return {"knn/accuracy": 0.0, "knn/k": 1.0}
+
+  with pytest.raises(SystemExit):
+    run(config, tmp_path, evaluate=killed)
+  digest, figures, finished = run(config, tmp_path)
+  assert finished
+  assert digest == evaluated[0][0]
+  assert {s: row["knn/k"] for s, row in figures.items() if "knn/k" in row} == {2: 1, 4: 3, 6: 3}
+
+
+@pytest.mark.parametrize("stop_after", [None, 6])
+def test_run_ends_when_the_figure_has_not_risen_for_its_patience(folder, tmp_path, stop_after):
+  config = evaluating(folder, patience=2, figure="score")
+  config.steps = 9
+  scores = {2: 1.0, 4: 3.0, 6: 3.0, 8: 2.0}
+  judged = []
+
+  def evaluate(state):
+    judged.append(int(state.step))
+    return {"score": scores[judged[-1]]}
+
+  if stop_after:
+    assert not run(config, tmp_path, stop_after=stop_after, evaluate=evaluate)[-1]
+  digest, _, finished = run(config, tmp_path, evaluate=evaluate)
+  assert finished
+  assert judged == [2, 4, 6, 8]
+  assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} >= {8}
+  again = run(config, tmp_path, evaluate=evaluate)
+  assert (again[0], again[-1], judged) == (digest, True, [2, 4, 6, 8])
+
+
+def test_early_stopping_by_a_figure_that_is_not_measured_is_refused():
+  with pytest.raises(ValueError, match=r"'knn/acc'.*give knn/accuracy, knn/k"):
+    EarlyStop("knn/acc", 1, []).add({"knn/accuracy": 1.0, "knn/k": 20.0})
+  with pytest.raises(ValueError, match="patience is -1"):
+    EarlyStop("knn/accuracy", -1, [])

@@ -151,7 +151,9 @@ def check_frames(source: Source, frames: int, span: int) -> None:
 
 def read_together(source: Source, positions: Sequence[int]) -> dict[int, dict[str, Any]]:
   """{position: example} of those that the source reads faster at once; often of none."""
-  return source.read_together(positions) if hasattr(source, "read_together") else {}
+  if not len(positions) or not hasattr(source, "read_together"):
+    return {}  # a process's share of the last batch may be empty
+  return source.read_together(positions)
 
 
 class Subset:

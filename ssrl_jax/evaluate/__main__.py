@@ -41,7 +41,7 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = experiment._replace(config=config)
   train = open_split(config, "train")
-  test = open_test(experiment, train)
+  test = open_test(experiment, train, values.evals)
   encoders = tuple(filter(None, values.encoders.split(",")))
   evaluated = evaluate_run(
     experiment, state, train, test, evals=values.evals, say=say,

@@ -70,6 +70,7 @@ class Evaluation:
   workers: int = 0  # reader processes; 0: threads of this one
   threads: int = 1  # that decode, in each reader process
   folder: Path | None = None  # where a protocol may write pictures and tables; None: nowhere
+  moved: Callable[[], None] = lambda: None  # called at each batch: a sign of life
   other: Evaluation | None = None  # another encoder, for what compares two
   cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -142,6 +143,7 @@ class Evaluation:
     )
     with contextlib.closing(batches):
       for batch in batches:
+        self.moved()
         yield parallel.to_device(batch, self.mesh)
 
   def views(self, split: str, *, limit: int = 0) -> Iterator[tuple[Array, Array, Rows]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.data.sources import Source, check_same_classes
+from ssrl_jax.data.sources import Source, Subset, check_same_classes
 from ssrl_jax.evaluate import EVALS, Protocol
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
@@ -68,12 +68,12 @@ def load_run(folder: Path) -> Loaded:
   return Loaded(experiment, state)
 
 
-def open_test(experiment: Experiment, train: Source) -> Source | None:
-  """The test pictures, or None, and a warning where a protocol of the config misses something.
+def open_test(experiment: Experiment, train: Source, evals: str) -> Source | None:
+  """The test pictures, or None, and a warning where a protocol of `evals` misses something.
 
   Called before training, so that nobody waits for hours to read that there is nothing to measure.
   """
-  config, chosen = experiment.config, select(experiment.config.evaluate.evals)
+  config, chosen = experiment.config, select(evals)
   labelled = [name for name, p in chosen.items() if p.needs == "labels"]
   if labelled and not train.num_classes:
     logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
@@ -126,6 +126,24 @@ def trained_evaluation(
     threads=config.data.threads,
     folder=folder,
   )
+
+
+def evaluate_during(
+  experiment: Experiment, train: Source, test: Source | None, *, moved: Callable[[], None]
+) -> Callable[[TrainState], dict[str, float]] | None:
+  """What judges a state while a run trains, as config.evaluate.during says; None: nothing does."""
+  config = experiment.config.evaluate
+  options, chosen = config.during, select(config.during.evals)
+  if not options.every_steps or not all(runs(p, train, test is not None) for p in chosen.values()):
+    return None  # open_test has said what is missing
+  bank = Subset(train, options.num_train, seed=0) if options.num_train else train
+
+  def judge(state: TrainState) -> dict[str, float]:
+    evaluation = trained_evaluation(experiment, state, bank, test)
+    evaluation = dataclasses.replace(evaluation, moved=moved)
+    return {k: v for n, p in chosen.items() for k, v in p.run(evaluation, **config[n]).items()}
+
+  return judge
 
 
 def evaluate_run(

@@ -5,9 +5,9 @@ image and local regions, momentum encoder with a queue, contrastive loss), so th
 ours. An AttentionEncoder pools several stages with several heads; the squares of the view that its
 attention prefers are cut out on the device and encoded again; the whole and each part are queries
 whose positive is the momentum encoder's key of the whole other view, and whose negatives are a
-queue of such keys (MoCo). `encode` gives the whole's vector with the mean of the parts' behind it,
-and the attention maps. What is an override: encoder.attention.* (levels, heads, width),
-num_parts (0: the whole only), part_weight, encode_parts.
+queue of such keys (MoCo). `encode` gives the whole's vector and the attention maps. What is an
+override: encoder.attention.* (levels, heads, width), num_parts (0: the whole only), part_weight,
+encode_parts (puts the mean of the parts' vectors behind the whole's; docs/methods.md: worse).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def make(
   num_parts: int = 2,
   part_fraction: float = 0.5,
   part_weight: float = 1.0,
-  encode_parts: bool = True,
+  encode_parts: bool = False,
   hidden_dim: int = 2048,
   out_dim: int = 128,
 ) -> Method:
@@ -86,7 +86,7 @@ def make(
     queue_size: keys of earlier batches, at random at the start.
     num_parts: squares cut from a view; 0 = none. part_fraction: their side, of the view's.
     part_weight: of the parts' mean loss, the whole's having 1.
-    encode_parts: whether the parts' mean vector is part of the features.
+    encode_parts: whether the parts' mean vector is part of the features, for twice the numbers.
     hidden_dim, out_dim: of the projector.
   """
   check_positive("finegrained", temperature=temperature)

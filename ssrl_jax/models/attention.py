@@ -18,9 +18,16 @@ from ssrl_jax.method import Array, Features
 from ssrl_jax.models.resnet import conv, normalised
 from ssrl_jax.models.vit import NORMAL, enlarge
 
+# What `pooled` concatenates: the backbone's own vector, the levels' attended ones.
+POOLED = {
+  "backbone": ("backbone",),
+  "scales": ("scales",),
+  "backbone_scales": ("backbone", "scales"),
+}
+
 
 class AttentionEncoder(nn.Module):
-  """Images [B, H, W, 3] -> Features: pooled is the backbone's vector and one of each level.
+  """Images [B, H, W, 3] -> Features with `attention`, attended `maps` and `scales`.
 
   `attention` [B, heads, 1, N] is the mean over levels, on the grid of the finest level, which is
   the coarsest map but levels - 1; each head's sums to 1. `maps` are the attended ones, `scales`
@@ -32,6 +39,7 @@ class AttentionEncoder(nn.Module):
   heads: int = 4
   levels: int = 3  # of the coarsest maps
   reduction: int = 8  # of the channels, inside the channel attention
+  pooled: str = "scales"  # a key of POOLED; the backbone's beside them makes retrieval worse
   dtype: Any = jnp.float32
   norm: str = "batch"  # see models.resnet.normalised
 
@@ -43,10 +51,12 @@ class AttentionEncoder(nn.Module):
       raise ValueError(
         f"levels {self.levels}: the backbone has maps of strides {strides}; 1 to {len(strides)}"
       )
+    if self.pooled not in POOLED:
+      raise ValueError(f"pooled {self.pooled!r}: expected one of {tuple(POOLED)}")
     if self.width % self.heads:
       raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
     strides = strides[-self.levels :]
-    maps, vectors, attentions = {}, [], []
+    maps, levels, attentions = {}, [], []
     _, h, w, _ = features.maps[strides[0]].shape
     for s in strides:
       x_BHWC = self._attend_channels(features.maps[s], s)
@@ -54,17 +64,20 @@ class AttentionEncoder(nn.Module):
       x_BHWF = conv(self.width, 1, dtype=self.dtype, name=f"project{s}")(x_BHWC)
       x_BHWF = nn.relu(self._normalised(x_BHWF, train, f"project{s}_norm"))
       weights_BHWA = self._pooling_weights(x_BHWF, s)
-      vectors.append(pool(x_BHWF, weights_BHWA))
+      levels.append(pool(x_BHWF, weights_BHWA))
       factor = s // strides[0]
       # A coarse place's weight, shared out over the fine places that it covers.
       fine_BHWA = enlarge(weights_BHWA, factor)[:, :h, :w]
       attentions.append(fine_BHWA / jnp.sum(fine_BHWA, axis=(1, 2), keepdims=True))
       maps[s] = x_BHWF
     attention_BNA = jnp.mean(jnp.stack(attentions), axis=0).reshape(-1, h * w, self.heads)
-    levels_BLF = jnp.stack(vectors, axis=1)
-    flat_BF = levels_BLF.reshape(levels_BLF.shape[0], -1)
+    levels_BLF = jnp.stack(levels, axis=1)
+    vectors = {
+      "backbone": features.pooled,
+      "scales": levels_BLF.reshape(levels_BLF.shape[0], -1),
+    }
     return Features(
-      jnp.concatenate([features.pooled, flat_BF], axis=-1),
+      jnp.concatenate([vectors[name] for name in POOLED[self.pooled]], axis=-1),
       maps,
       attention=attention_BNA.transpose(0, 2, 1)[:, :, None],
       scales=levels_BLF,

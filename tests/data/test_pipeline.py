@@ -8,7 +8,7 @@ from PIL import Image
 from ssrl_jax.data import pipeline
 from ssrl_jax.data.pipeline import MAX_DAMAGED, PADDING, eval_batches, train_batches
 from ssrl_jax.data.sampling import Sampling, position
-from ssrl_jax.data.sources import Mixture, Subset, open_source
+from ssrl_jax.data.sources import Mixture, Subset, open_source, read_together
 
 SIDE = 8
 
@@ -435,6 +435,15 @@ def test_reading_together_changes_no_batch(threads):
   assert_same(take(source, 5, **options), take(Greys(20, damaged), 5, **options))
   assert_same(evaluate(source, batch_size=8), evaluate(Greys(20, damaged), batch_size=8))
   assert 5 + 3 <= source.asked <= 5 + 3 + 3  # once a batch; some are read ahead
+
+
+def test_empty_share_of_a_batch_reads_nothing():
+  """As the last batch's of an evaluation by many processes may be."""
+  source = Subset(Together(20), 5, seed=0)
+  assert read_together(source, []) == {}
+  parts = [evaluate(source, batch_size=8, process_index=i, process_count=2) for i in range(2)]
+  found = np.concatenate([batch["id"] for part in parts for batch in part])
+  assert np.sort(position(found[found != PADDING])).tolist() == list(range(5))
 
 
 def test_parts_and_mixtures_read_together_what_their_sources_do():

@@ -34,8 +34,7 @@ def test_test_pictures_of_an_unlabelled_run_are_opened_where_they_are_of_use(
   evals, opened, said, caplog
 ):
   config = smoke.get_config("simclr")
-  config.evaluate.evals = evals
   experiment = build(config, num_examples=128, num_classes=None)
-  assert (open_test(experiment, Pictures(None)) is not None) == opened
+  assert (open_test(experiment, Pictures(None), evals) is not None) == opened
   assert said in caplog.text
   assert bool(caplog.records) == bool(said)

@@ -762,8 +762,11 @@ class GivenAttention(nn.Module):
     return Features(images[:, 0, 0], {4: images}, attention)
 
 
+@pytest.mark.parametrize("encode_parts", [False, True])
 @pytest.mark.parametrize("num_parts", [0, 2])
-def test_finegrained_is_info_nce_of_the_whole_and_of_each_part(monkeypatch, num_parts):
+def test_finegrained_is_info_nce_of_the_whole_and_of_each_part(
+  monkeypatch, num_parts, encode_parts
+):
   monkeypatch.setattr(finegrained, "AttentionEncoder", GivenAttention)
   monkeypatch.setattr(finegrained, "MLP", lambda **kw: Same())
   method = finegrained.make(
@@ -773,6 +776,7 @@ def test_finegrained_is_info_nce_of_the_whole_and_of_each_part(monkeypatch, num_
     queue_size=2 * B,
     num_parts=num_parts,
     part_weight=0.5,
+    encode_parts=encode_parts,
     temperature=0.3,
   )
   z, queue = embeddings(2), unit(np.random.default_rng(1).normal(size=(2 * B, P)))
@@ -790,7 +794,7 @@ def test_finegrained_is_info_nce_of_the_whole_and_of_each_part(monkeypatch, num_
   np.testing.assert_allclose(value, reference(z.astype(float)), rtol=1e-5)
   np.testing.assert_allclose(aux.method_state["queue"][:B], key, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(aux.method_state["queue"][B:], queue[:B], rtol=1e-6)
-  assert aux.features.shape == (B, P * (2 if num_parts else 1))
+  assert aux.features.shape == (B, P * (2 if num_parts and encode_parts else 1))
 
 
 def test_hybrid_is_the_weighted_sum_of_its_terms(monkeypatch):

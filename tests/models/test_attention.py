@@ -6,7 +6,14 @@ import pytest
 
 from ssrl_jax.method import Features
 from ssrl_jax.models import attention
-from ssrl_jax.models.attention import AttentionEncoder, cut_parts, largest, most_attended, pool
+from ssrl_jax.models.attention import (
+  POOLED,
+  AttentionEncoder,
+  cut_parts,
+  largest,
+  most_attended,
+  pool,
+)
 
 
 class Backbone(nn.Module):
@@ -90,8 +97,7 @@ def test_forward_equals_numpy():
       vectors.append(vector)
       weights.append(weight)
     np.testing.assert_allclose(features.scales[b], vectors, **close)
-    pooled = np.concatenate([backbone.pooled[b], *vectors])
-    np.testing.assert_allclose(features.pooled[b], pooled, **close)
+    np.testing.assert_allclose(features.pooled[b], np.concatenate(vectors), **close)
     # A coarse place covers 2 x 2 fine ones, which share its weight.
     mean = (weights[0] + np.kron(weights[1], np.ones((2, 2, 1))) / 4) / 2
     np.testing.assert_allclose(features.attention[b, :, 0], mean.reshape(16, 2).T, **close)
@@ -110,7 +116,20 @@ def test_shapes_and_each_head_attends_once(levels, side):
   np.testing.assert_allclose(features.attention.sum(axis=-1), 1, rtol=1e-5)
   assert np.all(features.attention >= 0)
   assert features.scales.shape == (3, levels, 8)
-  assert features.pooled.shape == (3, 6 + 8 * levels)
+  assert features.pooled.shape == (3, 8 * levels)
+
+
+def test_pooled_is_what_was_asked_for():
+  images, found = pictures(3), {}
+  for pooled in POOLED:
+    model = AttentionEncoder(Backbone(), width=8, heads=4, levels=2, pooled=pooled)
+    features = apply(model, random_variables(model, images), images)
+    found[pooled] = np.asarray(features.pooled)
+  scales = np.asarray(features.scales).reshape(3, -1)
+  np.testing.assert_array_equal(found["scales"], scales)
+  np.testing.assert_array_equal(
+    found["backbone_scales"], np.concatenate([found["backbone"], scales], axis=1)
+  )
 
 
 @pytest.mark.parametrize(
@@ -118,6 +137,7 @@ def test_shapes_and_each_head_attends_once(levels, side):
   [
     ({"levels": 4}, r"levels 4: .*strides \[4, 8, 16\]; 1 to 3"),
     ({"levels": 0}, "levels 0"),
+    ({"pooled": "level"}, "pooled 'level': expected one of"),
     ({"width": 9, "heads": 2}, "width 9 is not divisible by heads 2"),
   ],
 )
