@@ -43,13 +43,15 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   train = open_split(config, "train")
   test = open_test(experiment, train, values.evals)
   encoders = tuple(filter(None, values.encoders.split(",")))
+  facts = {
+    "options": {name: config[name].to_dict() for name in GROUPS},
+    "step": int(state.step),
+    "state_digest": state_digest(state),
+  }
   evaluated = evaluate_run(
     experiment, state, train, test, evals=values.evals, say=say,
     folder=out.with_suffix(""), other=other, encoders=encoders,
-  )  # fmt: skip
-  merge_evaluation(
-    out, evaluated.results, options={name: config[name].to_dict() for name in GROUPS},
-    step=int(state.step), state_digest=state_digest(state),
+    keep=lambda results: merge_evaluation(out, results, **facts),
   )  # fmt: skip
   say(results_table(evaluated.results))
   return 0

@@ -157,6 +157,7 @@ def evaluate_run(
   folder: Path | None = None,
   other: Loaded | None = None,
   encoders: Sequence[str] = (),
+  keep: Callable[[Results], None] = lambda results: None,
 ) -> Evaluated:
   """Runs `evals` ("knn,linear") on the trained encoder and on controls.
 
@@ -164,6 +165,7 @@ def evaluate_run(
     experiment: `experiment.config` says which pictures and how, so it may differ from the run's in
       the groups data and evaluate.
     encoders: keys of TITLES; empty: all, or by config the trained one alone.
+    keep: is given each encoder's figures as soon as they are there.
 
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
   """
@@ -186,6 +188,7 @@ def evaluate_run(
         figures |= protocol.run(evaluation, **experiment.config.evaluate[key])
     if figures:
       results[name] = figures
+      keep({name: figures})
       say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
   return Evaluated(results, trained if test is not None else None)
 

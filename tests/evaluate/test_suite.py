@@ -1,10 +1,13 @@
-"""What a run's pictures lack leaves out the protocols that need it, and no others."""
+"""Which protocols run, and that what is measured is kept whatever comes after."""
+
+import dataclasses
+import pathlib
 
 import pytest
 
 from configs import smoke
-from ssrl_jax.evaluate import EVALS
-from ssrl_jax.evaluate.suite import open_test, runs
+from ssrl_jax.evaluate import EVALS, Protocol, suite
+from ssrl_jax.evaluate.suite import evaluate_run, open_test, runs
 from ssrl_jax.experiment import build
 
 
@@ -38,3 +41,30 @@ def test_test_pictures_of_an_unlabelled_run_are_opened_where_they_are_of_use(
   assert (open_test(experiment, Pictures(None), evals) is not None) == opened
   assert said in caplog.text
   assert bool(caplog.records) == bool(said)
+
+
+@dataclasses.dataclass
+class Judged:
+  folder: pathlib.Path | None = None
+
+
+def test_each_encoder_s_figures_are_kept_before_the_next_is_judged(monkeypatch):
+  """An evaluation that is killed, or fails, has lost no more than the encoder it was at."""
+
+  def control(name, trained, experiment):
+    if name == "random_init":
+      raise OSError("killed here")
+    return trained
+
+  monkeypatch.setattr(suite, "trained_evaluation", lambda *a, **k: Judged())
+  monkeypatch.setattr(suite, "control", control)
+  protocol = Protocol(lambda evaluation: {"knn/accuracy": 5.0}, {})
+  monkeypatch.setattr(suite, "select", lambda evals: {"knn": protocol})
+  config, kept = smoke.get_config("simclr"), []
+  config.evaluate.knn = {}
+  experiment = build(config, num_examples=128, num_classes=10)
+  with pytest.raises(OSError, match="killed here"):
+    evaluate_run(
+      experiment, None, Pictures(10), Pictures(10), evals="knn", say=print, keep=kept.append
+    )
+  assert kept == [{"trained": {"knn/accuracy": 5.0}}]
