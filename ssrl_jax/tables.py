@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
-from ssrl_jax.config import change, flatten, load_file
+from ssrl_jax.config import HARMLESS, change, flatten, load_file
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import TITLES, select
 from ssrl_jax.files import write_json
@@ -32,6 +32,8 @@ from ssrl_jax.table_text import write_table
 
 DATA = "{data}"  # in a value of a table: the folder of the data sets, wherever that is
 BUDGETS = ("local", "paper")
+# Of a run's config, what says nothing about the trained encoder, or differs from run to run.
+NO_MATTER = (*(key for key in HARMLESS if key not in ("epochs", "steps")), "data.source", "seed")
 Execute = Callable[[list[str], Path], int]  # (command, log) -> exit status
 
 
@@ -201,6 +203,29 @@ def judged_file(folder: Path, key: str, judge: Judge) -> Path:
   return folder / "judged" / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
 
 
+def refuse_outdated(table: Table, workdirs: Sequence[Path]) -> None:
+  """Refuses runs of a recipe that was changed since: their figures are not the table's.
+
+  Where the pictures lie may differ, and so may knobs that did not exist then.
+
+  Raises:
+    ValueError: names the runs and what was changed.
+  """
+  for run in runs_of(table):
+    path = run.folder(workdirs) / "config.json"
+    if path.exists():
+      old, new = flatten(ConfigDict(json.loads(path.read_text()))), flatten(resolve(run.training))
+      both = {k: (old[k], new[k]) for k in old.keys() & new.keys() if not k.startswith(NO_MATTER)}
+      changed = [
+        f"{k} {a} -> {b}" for k, (a, b) in sorted(both.items()) if a != b and DATA not in str(b)
+      ]
+      if changed:
+        raise ValueError(
+          f"{path.parent} was trained by an older form of its recipe ({'; '.join(changed)}): move "
+          "it away to train it again, or give another --workdir"
+        )
+
+
 def figures_of(path: Path) -> dict[str, dict[str, float]]:
   return json.loads(path.read_text())["results"] if path.exists() else {}
 
@@ -364,6 +389,7 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")
     name, table = load_table(v.table)
     workdirs = [Path(w) for w in (v.workdir, *filter(None, v.merge.split(",")))]
+    refuse_outdated(table, workdirs)
     if v.plan:
       plan(table, workdirs, say=print_line)
       return 0

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -280,6 +281,29 @@ def test_the_command_trains_judges_writes_and_finds_everything_done_the_next_tim
   assert options["data"]["num_test"] == 32
   assert tables.cli(argv) == 0
   assert "train\n" not in capsys.readouterr().out
+
+
+def test_runs_of_a_recipe_that_was_changed_since_are_refused(tmp_path, capsys):
+  """Else an edited recipe would show the figures of its old form."""
+  (tmp_path / "real.py").write_text(REAL)
+  argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path}", "--report"]
+  _, table = tables.load_table(argv[1].removeprefix("--table="))
+  (run, *_) = tables.runs_of(table)
+  config = tables.resolve(run.training)
+  config.data.source, config.seed, config.evaluate.evals = "folder:/elsewhere", 7, ""
+  del config.guard.keep  # a knob that an older version did not have
+  path = run.folder([tmp_path]) / "config.json"
+  path.parent.mkdir(parents=True)
+  path.write_text(config.to_json())
+  assert tables.cli(argv) == 0
+  config.optim.learning_rate *= 2
+  path.write_text(config.to_json())
+  capsys.readouterr()
+  assert tables.cli(argv) == 1
+  assert re.search(
+    r"older form of its recipe \(optim.learning_rate .* -> .*\): move it away",
+    capsys.readouterr().err,
+  )
 
 
 def test_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):

@@ -39,7 +39,7 @@ class AttentionEncoder(nn.Module):
   heads: int = 4
   levels: int = 3  # of the coarsest maps
   reduction: int = 8  # of the channels, inside the channel attention
-  pooled: str = "scales"  # a key of POOLED; the backbone's beside them makes retrieval worse
+  pooled: str = "backbone_scales"  # a key of POOLED; "scales" retrieves better, tunes worse
   dtype: Any = jnp.float32
   norm: str = "batch"  # see models.resnet.normalised
 

@@ -97,7 +97,8 @@ def test_forward_equals_numpy():
       vectors.append(vector)
       weights.append(weight)
     np.testing.assert_allclose(features.scales[b], vectors, **close)
-    np.testing.assert_allclose(features.pooled[b], np.concatenate(vectors), **close)
+    pooled = np.concatenate([backbone.pooled[b], *vectors])
+    np.testing.assert_allclose(features.pooled[b], pooled, **close)
     # A coarse place covers 2 x 2 fine ones, which share its weight.
     mean = (weights[0] + np.kron(weights[1], np.ones((2, 2, 1))) / 4) / 2
     np.testing.assert_allclose(features.attention[b, :, 0], mean.reshape(16, 2).T, **close)
@@ -116,7 +117,7 @@ def test_shapes_and_each_head_attends_once(levels, side):
   np.testing.assert_allclose(features.attention.sum(axis=-1), 1, rtol=1e-5)
   assert np.all(features.attention >= 0)
   assert features.scales.shape == (3, levels, 8)
-  assert features.pooled.shape == (3, 8 * levels)
+  assert features.pooled.shape == (3, 6 + 8 * levels)
 
 
 def test_pooled_is_what_was_asked_for():
