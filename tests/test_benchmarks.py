@@ -1,8 +1,9 @@
 """The benchmarks run and report what they promise; what they measure is asserted nowhere."""
 
+import numpy as np
 import pytest
 
-from benchmarks import accumulate, blocks, data, evaluate, index, scaling, step
+from benchmarks import accumulate, blocks, data, evaluate, index, leak, loop, scaling, step
 from configs import digits
 from ssrl_jax.data import index_cache
 
@@ -82,3 +83,30 @@ def test_scaling_model_charges_a_network_only_where_there_is_one():
   assert alone["norms"] == alone["loss"] == alone["gradients"] == 0
   assert two["norms"] > one_slice["norms"] > 0
   assert two["compute"] == pytest.approx(one_slice["compute"] / 2)
+
+
+def test_leak_benchmark_reports_memory_files_and_threads(tmp_path):
+  rows = leak.measure(steps=100, cache="", workdir=tmp_path)
+  assert [row["step"] for row in rows] == [50, 100]
+  assert all(row["resident_mib"] > 0 and row["open_files"] > 0 for row in rows)
+
+
+def test_loop_benchmark_holds_the_loop_up_for_bare_steps_and_leaves_evaluations_out(monkeypatch):
+  clock = [0.0]
+
+  def passes(seconds):
+    clock[0] += seconds
+
+  monkeypatch.setattr(loop.Turns, "_now", lambda self: np.array([clock[0], 2 * clock[0]]))
+  turns = loop.Turns(lambda steps: passes(steps * 3.0), 10)
+  evaluate = turns.evaluating(lambda state: passes(1000.0))
+  turns("starting at step 0")
+  passes(500.0)  # compiling
+  turns("step 10/30")
+  passes(40.0)
+  evaluate(None)
+  turns("step 20/30")
+  ((looped, alone),) = turns.laps
+  assert looped.tolist() == [40.0, 80.0]
+  assert alone.tolist() == [30.0, 60.0]
+  assert [wall for wall, _ in turns.evaluations] == [1000.0]

@@ -18,7 +18,8 @@ def get_table(budget: str) -> Table:
       rows.append(Row(title, train(method, changes), seeds))
     if local and method == "simclr":
       changes |= {"encoder.fusion.enabled": True}
-      rows.append(Row("simclr, encoder of fusion, learning rate x 10", train(method, changes)))
+      title = f"simclr, encoder of fusion, learning rate x {factor:g}"
+      rows.append(Row(title, train(method, changes)))
   return Table(
     title="Stability",
     text=CIFAR_TEXT if local else IMAGENET_TEXT,
