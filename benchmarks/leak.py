@@ -48,7 +48,7 @@ def measure(*, steps: int, cache: str, workdir: Path) -> list[dict[str, Any]]:
   config.global_views = view_group(size=8, jitter=0.0, greyscale=0.0, blur=(0.0,))
   config.batch_size, config.steps, config.evaluate.size = 8, steps, 8
   config.data.update({"num_train": 64, "cache": cache, "threads": 1})
-  config.checkpoint.every_steps, config.log.every_steps = max(steps // 100, 1), 50
+  config.checkpoint.every_steps, config.log.every_steps = max(steps // 100, 50), 50
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
   views = experiment.method.views
