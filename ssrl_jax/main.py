@@ -1,7 +1,8 @@
 """python -m ssrl_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.KEY=VALUE]
 
 Trains (from the newest checkpoint of the folder, if it has one), evaluates, and writes results.json
-and report.html. The only module that reads flags.
+and report.html. `--config=FILE --help` lists every knob of a recipe with its value, `--dry_run`
+says what it would cost.
 """
 
 from __future__ import annotations
