@@ -62,12 +62,12 @@ class Turns:
       self.laps.append((looped - self._last, end - looped))
     self._last = end
 
-  def evaluating(self, evaluate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  def evaluating(self, evaluate: Callable) -> Callable:
     """`evaluate`, whose time is left out of the laps."""
 
-    def timed(state: Any) -> Any:
+    def timed(*given: Any) -> Any:
       start = self._now()
-      figures = evaluate(state)
+      figures = evaluate(*given)
       self.evaluations.append(self._now() - start)
       self._last = None if self._last is None else self._last + self.evaluations[-1]
       return figures
@@ -93,8 +93,7 @@ def measure(config: Any, *, steps: int, rounds: int, evaluate_every: int) -> dic
     evaluate = None
     if evaluate_every:
       test = open_split(config, "test")
-      judge = evaluate_during(experiment, source, test, moved=lambda: None)
-      evaluate = turns.evaluating(judge)
+      evaluate = turns.evaluating(evaluate_during(experiment, source, test))
     train(experiment, source, Path(workdir), say=turns, evaluate=evaluate)
   laps = turns.laps[config.checkpoint.every_steps // steps :]
   loop, alone = 1e3 * np.sum(laps, axis=0) / (steps * len(laps))

@@ -17,8 +17,6 @@ class EarlyStop:
 
   def __init__(self, figure: str, patience: int, records: Sequence[Mapping[str, float]]):
     """patience: evaluations without a new best; 0: never stops. records: those until now."""
-    if patience < 0:
-      raise ValueError(f"evaluate.during.patience is {patience}; expected >= 0")
     self._figure, self._patience = figure, patience
     self._values = [r[figure] for r in records if figure in r]
 
@@ -36,8 +34,8 @@ class EarlyStop:
     """Why the run ends here, in a line; None: it goes on. Of equal figures the first is best."""
     if not self._patience:
       return None
-    best = int(np.argmax(self._values)) if self._values else 0
-    since = max(len(self._values) - 1 - best, 0)
-    if parallel.all_processes(np.array([since]))[0] < self._patience:
+    since = len(self._values) - 1 - int(np.argmax(self._values)) if self._values else 0
+    since = int(parallel.all_processes(np.array([since]))[0])
+    if since < self._patience:
       return None
-    return f"{self._figure} was best {since} evaluations ago, {self._values[best]:.4g}"
+    return f"{self._figure} had no new best in {since} evaluations (evaluate.during.patience)"

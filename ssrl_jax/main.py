@@ -72,6 +72,7 @@ def run(argv: list[str]) -> int:
   during = config.evaluate.during
   evals = f"{config.evaluate.evals},{during.evals if during.every_steps else ''}"
   params, test = abstract_state(experiment).params, open_test(experiment, source, evals)
+  evaluate = evaluate_during(experiment, source, test)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
   folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
   facts, limits = Facts(len(source), source.num_classes), config.watchdog
@@ -87,7 +88,6 @@ def run(argv: list[str]) -> int:
     with processes.watchdog(
       folder, first_minutes=limits.first_minutes, minutes=limits.minutes
     ) as moved:
-      evaluate = evaluate_during(experiment, source, test, moved=moved)
       state, finished = train(experiment, source, folder, say=say, moved=moved, evaluate=evaluate)
     if not finished:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")

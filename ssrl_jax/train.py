@@ -260,13 +260,13 @@ def train(
   *,
   say: Callable[[str], None],
   moved: Callable[[], None] = lambda: None,
-  evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+  evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]] | None = None,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
 
   Args:
     moved: is called when a step was finished.
-    evaluate: judges a state every config.evaluate.during.every_steps steps; None: nothing does.
+    evaluate: of suite.evaluate_during; None: nothing is evaluated meanwhile.
 
   Returns:
     The final state, and whether the run is over: the last step, or early stopping (False: SIGTERM
@@ -340,7 +340,7 @@ def train(
   def judge_state(state, step) -> str | None:
     """Evaluates and logs it; why the run ends here, if it does."""
     start = time.perf_counter()
-    figures = evaluate(state)
+    figures = evaluate(state, moved)
     writer.write(step, figures)
     early_stop.add(figures)
     watch.paused(time.perf_counter() - start)

@@ -231,6 +231,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.views_ramp.start=0.5"], "views_ramp.epochs is 0"),
     ([SMOKE, "--config.optim.name=adamww"], "adamw"),
     ([SMOKE, "--config.evaluate.evals=knm"], "did you mean 'knn'"),
+    ([SMOKE, "--config.evaluate.during.patience=2"], "evaluate.during.every_steps is 0"),
+    ([SMOKE, "--config.evaluate.during.every_steps=-2"], "must be >= 0"),
     ([SMOKE, "--config.global_views.count=0"], "global views"),
     ([SMOKE, "--config.encoder.name=vit_nano", "--config.encoder.vit.patch=7"], "patch"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),

@@ -74,7 +74,7 @@ def run(config, workdir, *, stop_after=None, evaluate=None):
       os.kill(os.getpid(), signal.SIGTERM)
 
   if config.evaluate.during.every_steps and not evaluate:
-    evaluate = evaluate_during(experiment, source, source, moved=lambda: None)
+    evaluate = evaluate_during(experiment, source, source)
   state, finished = train(experiment, source, workdir, say=say, evaluate=evaluate)
   figures = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
@@ -140,11 +140,11 @@ def evaluated(folder, tmp_path_factory):
     if event == "/jax/core/compile/backend_compile_duration":
       compiled.append(seconds)
 
-  before, judge_of = [], evaluate_during
+  before = []
 
-  def counting(state):
+  def counting(state, moved):
     before.append(len(compiled))
-    figures = judge(state)
+    figures = judge(state, moved)
     before.append(len(compiled))
     return figures
 
@@ -155,7 +155,7 @@ def evaluated(folder, tmp_path_factory):
       encoder=Linear(), views=experiment.method.views, run=None, hidden_dim=8, out_dim=8
     )
   )
-  judge = judge_of(experiment, source, source, moved=lambda: None)
+  judge = evaluate_during(experiment, source, source)
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     result = run(config, tmp_path_factory.mktemp("evaluated"), evaluate=counting)
@@ -183,7 +183,7 @@ def test_only_the_first_evaluation_compiles(evaluated):
 def test_run_that_dies_in_an_evaluation_makes_it_again(folder, evaluated, tmp_path):
   config = evaluating(folder)
 
-  def killed(state):
+  def killed(state, moved):
     if int(state.step) == 4:
       raise SystemExit
     return {"knn/accuracy": 0.0, "knn/k": 1.0}
@@ -203,7 +203,7 @@ def test_run_ends_when_the_figure_has_not_risen_for_its_patience(folder, tmp_pat
   scores = {2: 1.0, 4: 3.0, 6: 3.0, 8: 2.0}
   judged = []
 
-  def evaluate(state):
+  def evaluate(state, moved):
     judged.append(int(state.step))
     return {"score": scores[judged[-1]]}
 
@@ -220,5 +220,3 @@ def test_run_ends_when_the_figure_has_not_risen_for_its_patience(folder, tmp_pat
 def test_early_stopping_by_a_figure_that_is_not_measured_is_refused():
   with pytest.raises(ValueError, match=r"'knn/acc'.*give knn/accuracy, knn/k"):
     EarlyStop("knn/acc", 1, []).add({"knn/accuracy": 1.0, "knn/k": 20.0})
-  with pytest.raises(ValueError, match="patience is -1"):
-    EarlyStop("knn/accuracy", -1, [])
