@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 install_into .venv ".[test]"
-exec .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder "$@"

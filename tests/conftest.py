@@ -44,3 +44,9 @@ def data_dir() -> pathlib.Path:
   if not path:
     pytest.skip("SSRL_DATA, the folder of real image sets, is not set")
   return pathlib.Path(path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The files that take longest first, so that no worker has one of them left when others end."""
+  longest = ("test_main.py", "test_processes.py")
+  items.sort(key=lambda item: item.path.name not in longest)
