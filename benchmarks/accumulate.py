@@ -24,7 +24,7 @@ from benchmarks.step import encoder_name
 from ssrl_jax.config import load_file
 from ssrl_jax.dry_run import activation_bytes
 from ssrl_jax.experiment import Experiment, build, create_state
-from ssrl_jax.train import abstract_views
+from ssrl_jax.step import abstract_views
 
 
 def random_views(experiment: Experiment) -> dict[str, np.ndarray]:

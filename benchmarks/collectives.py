@@ -21,7 +21,7 @@ from ssrl_jax import parallel
 from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
 from ssrl_jax.methods import METHODS
-from ssrl_jax.train import compile_step, make_train_step
+from ssrl_jax.step import compile_step, make_train_step
 
 # What a loss needs of the whole batch, as floats of (B images, V global views, M = config.method, E
 # embeddings of a view): gathered or scattered once, and summed. What is not here needs nothing.

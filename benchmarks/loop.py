@@ -26,9 +26,10 @@ import numpy as np
 from benchmarks.common import write_results
 from ssrl_jax import parallel
 from ssrl_jax.config import load_file
-from ssrl_jax.evaluate.suite import evaluate_during
+from ssrl_jax.evaluate.during import evaluate_during
 from ssrl_jax.experiment import Experiment, build, create_state, open_split
-from ssrl_jax.train import compile_step, train, training_batches
+from ssrl_jax.step import compile_step
+from ssrl_jax.train import train, training_batches
 
 
 def bare(experiment: Experiment, batch: dict[str, Any]) -> Callable[[int], None]:

@@ -23,7 +23,7 @@ from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.config import load_file
 from ssrl_jax.dry_run import array_bytes, compiled_memory
 from ssrl_jax.experiment import abstract_state, build
-from ssrl_jax.train import compile_step
+from ssrl_jax.step import compile_step
 
 
 def measure(config, *, topology: str) -> dict[str, Any]:

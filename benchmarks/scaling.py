@@ -24,7 +24,7 @@ from configs import imagenet
 from ssrl_jax.dry_run import activation_bytes, array_bytes
 from ssrl_jax.experiment import abstract_state, build
 from ssrl_jax.flops import PEAK_FLOPS
-from ssrl_jax.train import flops_per_step, num_parameters
+from ssrl_jax.step import flops_per_step, num_parameters
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

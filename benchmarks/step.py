@@ -24,7 +24,7 @@ from ssrl_jax import parallel
 from ssrl_jax.config import load_file
 from ssrl_jax.experiment import Experiment, abstract_batch, build, create_state
 from ssrl_jax.flops import peak_flops
-from ssrl_jax.train import compile_step, flops_per_step, loss_views, step_keys
+from ssrl_jax.step import compile_step, flops_per_step, loss_views, step_keys
 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:

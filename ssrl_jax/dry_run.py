@@ -15,7 +15,7 @@ from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
 from ssrl_jax.flops import PEAK_FLOPS
 from ssrl_jax.optim import describe_groups
-from ssrl_jax.train import abstract_views, compile_step, flops_per_step, num_parameters
+from ssrl_jax.step import abstract_views, compile_step, flops_per_step, num_parameters
 
 ASSUMED_MFU = 0.2  # of the estimated device-hours: good for a ResNet-50; a ViT reaches twice that
 REFERENCE_DEVICE = "NVIDIA H200"

@@ -25,14 +25,16 @@ from ssrl_jax.command_line import help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
-from ssrl_jax.evaluate.suite import evaluate_during, evaluate_run, open_test, results_table
+from ssrl_jax.evaluate.during import evaluate_during
+from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import Facts, alone_in, open_run_folder, write_results
 from ssrl_jax.state import TrainState
-from ssrl_jax.train import num_parameters, train, views_fed, watched_tensors
+from ssrl_jax.step import num_parameters, watched_tensors
+from ssrl_jax.train import train, views_fed
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe, FILE or FILE:METHOD.", lock_config=True

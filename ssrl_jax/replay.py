@@ -22,7 +22,8 @@ from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
 from ssrl_jax.guard import read_bad_step
 from ssrl_jax.run_folder import load_config
-from ssrl_jax.train import compile_step, training_batches, watched_tensors
+from ssrl_jax.step import compile_step, watched_tensors
+from ssrl_jax.train import training_batches
 
 
 def replay(

@@ -15,7 +15,7 @@ from ssrl_jax.experiment import abstract_state, split_name, view_specs
 from ssrl_jax.flops import count_flops
 from ssrl_jax.method import Features, Run
 from ssrl_jax.methods import METHODS
-from ssrl_jax.train import abstract_views, flops_per_step
+from ssrl_jax.step import abstract_views, flops_per_step
 from tests.methods.common import (
   LOCAL,
   VIT,

@@ -13,7 +13,7 @@ from ssrl_jax.experiment import abstract_state, create_state
 from ssrl_jax.losses.contrastive import nt_xent
 from ssrl_jax.method import push
 from ssrl_jax.models.vit import shrink
-from ssrl_jax.train import compile_step
+from ssrl_jax.step import compile_step
 from tests.methods.common import BATCH, CASES, make_experiment
 
 LAYOUTS = {

@@ -19,7 +19,8 @@ from ssrl_jax.guard import SETTLED, SPIKE, Guard, init_guard, judge, read_bad_st
 from ssrl_jax.methods import simclr
 from ssrl_jax.replay import replay
 from ssrl_jax.state import state_digest
-from ssrl_jax.train import make_watched_step, train, training_batches
+from ssrl_jax.step import make_watched_step
+from ssrl_jax.train import train, training_batches
 from tests.test_train import Linear, tiny
 
 WHITE = 5  # the example whose picture has one colour: its views make the loss NaN

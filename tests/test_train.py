@@ -12,8 +12,7 @@ from PIL import Image
 
 from configs import digits
 from ssrl_jax.config import view_group
-from ssrl_jax.early_stop import EarlyStop
-from ssrl_jax.evaluate.suite import evaluate_during
+from ssrl_jax.evaluate.during import EarlyStop, evaluate_during
 from ssrl_jax.experiment import build, open_split
 from ssrl_jax.method import Features
 from ssrl_jax.methods import simclr

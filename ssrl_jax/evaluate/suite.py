@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.data.sources import Source, Subset, check_same_classes
+from ssrl_jax.data.sources import Source, check_same_classes
 from ssrl_jax.evaluate import EVALS, Protocol
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
@@ -126,38 +126,6 @@ def trained_evaluation(
     threads=config.data.threads,
     folder=folder,
   )
-
-
-def evaluate_during(
-  experiment: Experiment, train: Source, test: Source | None
-) -> Callable[[TrainState, Callable[[], None]], dict[str, float]] | None:
-  """What judges a state while a run trains, as config.evaluate.during says; None: nothing does.
-
-  It is given the state and what to call at signs of life, as the watchdog wants them.
-  Protocols that the pictures lack something for are left out, as by `evaluate_run`.
-
-  Raises:
-    ValueError: the options contradict each other.
-  """
-  config = experiment.config.evaluate
-  options, chosen = config.during, select(config.during.evals)
-  if min(options.every_steps, options.num_train, options.patience) < 0:
-    raise ValueError("evaluate.during: every_steps, num_train and patience must be >= 0")
-  if options.patience and not options.every_steps:
-    raise ValueError(
-      "evaluate.during.patience counts evaluations, and evaluate.during.every_steps is 0: set it"
-    )
-  chosen = {n: p for n, p in chosen.items() if runs(p, train, test is not None)}
-  if not options.every_steps or not chosen:
-    return None
-  bank = Subset(train, options.num_train, seed=0) if options.num_train else train
-
-  def judge(state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
-    evaluation = trained_evaluation(experiment, state, bank, test)
-    evaluation = dataclasses.replace(evaluation, moved=moved)
-    return {k: v for n, p in chosen.items() for k, v in p.run(evaluation, **config[n]).items()}
-
-  return judge
 
 
 def evaluate_run(

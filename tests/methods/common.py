@@ -14,7 +14,7 @@ from ssrl_jax.experiment import build, init_state
 from ssrl_jax.method import box_name
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import TrainState, named_leaves
-from ssrl_jax.train import abstract_views
+from ssrl_jax.step import abstract_views
 
 LOCAL = {"local_views": view_group(count=2, size=8)}
 VIT = {"encoder.name": "vit_pico", "encoder.vit.patch": 4, "encoder.vit.position": "sincos"}

@@ -12,7 +12,7 @@ from configs import digits
 from ssrl_jax import config
 from ssrl_jax.experiment import build, init_state
 from ssrl_jax.methods import METHODS
-from ssrl_jax.train import abstract_views
+from ssrl_jax.step import abstract_views
 
 PAGE = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
 

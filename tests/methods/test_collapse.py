@@ -14,7 +14,7 @@ from ssrl_jax.config import change
 from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.experiment import build, init_state, open_split
 from ssrl_jax.metrics import collapse
-from ssrl_jax.train import make_train_step
+from ssrl_jax.step import make_train_step
 
 SIZE, BATCH = 16, 64
 TINY = {

@@ -15,7 +15,7 @@ from ssrl_jax.experiment import abstract_state
 from ssrl_jax.method import Method
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import TrainState, named_leaves, state_digest
-from ssrl_jax.train import abstract_views
+from ssrl_jax.step import abstract_views
 from tests.methods.common import (
   BATCH,
   CASES,

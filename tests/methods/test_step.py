@@ -8,7 +8,7 @@ import pytest
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import named_leaves, state_digest
-from ssrl_jax.train import make_train_step
+from ssrl_jax.step import make_train_step
 from tests.methods.common import (
   BATCH,
   CASES,
