@@ -95,7 +95,14 @@ def run(argv: list[str]) -> int:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")
       return processes.STOPPED
     command = shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]])
-    judge(experiment, state, source, test, folder, say=say, command=command, started=started)
+    quiet = limits.evaluation_minutes
+    with processes.watchdog(
+      folder, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
+    ) as moved:
+      judge(
+        experiment, state, source, test, folder, say=say, moved=moved, command=command,
+        started=started,
+      )  # fmt: skip
   return 0
 
 
@@ -107,12 +114,14 @@ def judge(
   folder: Path,
   *,
   say: Callable[[str], None],
+  moved: Callable[[], None],
   command: str,
   started: float,
 ) -> None:
   """Evaluates what was trained; writes results.json and report.html."""
   config = experiment.config
-  evaluated = evaluate_run(experiment, state, source, test, evals=config.evaluate.evals, say=say)
+  evals = config.evaluate.evals
+  evaluated = evaluate_run(experiment, state, source, test, evals=evals, say=say, moved=moved)
   write_results(folder, experiment, state, evaluated.results, command=command, started=started)
   if config.evaluate.report:
     views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)

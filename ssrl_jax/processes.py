@@ -260,7 +260,9 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
-def watchdog(folder: Path, *, first_minutes: float, minutes: float) -> Iterator[Callable[[], None]]:
+def watchdog(
+  folder: Path, *, first_minutes: float, minutes: float, of: str = "step"
+) -> Iterator[Callable[[], None]]:
   """Yields what to call after each step; too long without, and the process ends with LOST.
 
   It writes the stacks of all its threads to FOLDER/stacks-PROCESS.txt first; so does a process that
@@ -270,6 +272,7 @@ def watchdog(folder: Path, *, first_minutes: float, minutes: float) -> Iterator[
   Args:
     first_minutes: until the first step, which is compiled before.
     minutes: from one step to the next; 0: no limits.
+    of: what is waited for, in the message.
   """
   if not minutes:
     yield lambda: None
@@ -285,9 +288,9 @@ def watchdog(folder: Path, *, first_minutes: float, minutes: float) -> Iterator[
         moved.clear()
         limit, waited = 60 * minutes, 0.0
       elif waited >= limit:
-        print(f"no step in {limit:g} seconds, {time.ctime()}", file=file, flush=True)
+        print(f"no {of} in {limit:g} seconds, {time.ctime()}", file=file, flush=True)
         faulthandler.dump_traceback(file)
-        what = f"process {jax.process_index()}: no step was finished in {limit / 60:g} minutes"
+        what = f"process {jax.process_index()}: no {of} was finished in {limit / 60:g} minutes"
         _end(f"{what} (watchdog); the stacks of all threads are in {path}", linger=GRACE)
 
   with path.open("a") as file:

@@ -252,6 +252,15 @@ def test_process_that_hangs_or_dies_does_not_leave_the_other_waiting(number, tmp
   assert other in (processes.LOST, -signal.SIGABRT)
 
 
+def test_last_evaluation_that_hangs_ends_with_its_stack(tmp_path):
+  limit = ("--config.steps=2", "--config.evaluate.during.every_steps=0",
+           "--config.watchdog.evaluation_minutes=0.05")  # fmt: skip
+  code, _, err = Fork(*RUN, *limit, f"--workdir={tmp_path}", module="tests.hanging").finish()
+  assert code == processes.LOST, err
+  assert "no batch of the evaluation was finished in 0.05 minutes" in err
+  assert "in evaluate_run" in (tmp_path / "stacks-0.txt").read_text()
+
+
 def test_watchdog_looks_at_no_clock(monkeypatch, tmp_path):
   """Nor so at the time for which a process is stopped, or its machine asleep."""
   ended = []

@@ -48,11 +48,15 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
     "step": int(state.step),
     "state_digest": state_digest(state),
   }
-  evaluated = evaluate_run(
-    experiment, state, train, test, evals=values.evals, say=say,
-    folder=out.with_suffix(""), other=other, encoders=encoders,
-    keep=lambda results: merge_evaluation(out, results, **facts),
-  )  # fmt: skip
+  quiet = config.watchdog.evaluation_minutes
+  with processes.watchdog(
+    folder, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
+  ) as moved:
+    evaluated = evaluate_run(
+      experiment, state, train, test, evals=values.evals, say=say,
+      folder=out.with_suffix(""), other=other, encoders=encoders,
+      keep=lambda results: merge_evaluation(out, results, **facts), moved=moved,
+    )  # fmt: skip
   say(results_table(evaluated.results))
   return 0
 

@@ -200,6 +200,7 @@ def train_head(
   params, stats = fit(
     loss, params, stats, _batches(evaluation, source, batch_size, size, scales, seed),
     optimizer=optimizer, num_steps=steps, seed=seed, mesh=evaluation.mesh, name=name,
+    moved=evaluation.moved,
   )  # fmt: skip
   variables = {"params": params["head"], "batch_stats": stats["head"]}
   return Trained(_encoder(params, stats), variables)

@@ -171,7 +171,7 @@ def finetune(
   params, stats = fit(
     value, params, evaluation.weights["batch_stats"], batches,
     optimizer=optax.chain(base, scale), num_steps=epochs * steps, seed=seed,
-    mesh=evaluation.mesh, name="finetune",
+    mesh=evaluation.mesh, name="finetune", moved=evaluation.moved,
   )  # fmt: skip
   tuned = {"params": params["encoder"], "batch_stats": stats}
   test = classify(evaluation, tuned, params["head"], "test")

@@ -31,6 +31,7 @@ def fit(
   seed: int,
   mesh: Mesh,
   name: str,
+  moved: Callable[[], None] = lambda: None,
 ) -> tuple[Any, Any]:
   """Trains `params` for `num_steps` batches; a pure function of its arguments.
 
@@ -41,6 +42,7 @@ def fit(
       where that is possible.
     optimizer: of `params`; what must stay still is masked by it, or is no part of `params`.
     name: of the protocol, for the message when the loss diverges.
+    moved: is called at each step: a sign of life.
 
   Returns:
     params and stats after the last step, replicated on the mesh.
@@ -69,6 +71,7 @@ def fit(
         check_finite(value, name, number)
       batch = parallel.to_device(next(batches), mesh)
       carry, value = step(carry, batch, key, np.uint32(number))
+      moved()
   check_finite(value, name, num_steps)
   return carry[0], carry[1]
 

@@ -126,6 +126,6 @@ def fit_heads(
   )
   heads, _ = fit(
     loss, heads, evaluation.weights, batches, optimizer=optimizer, num_steps=total, seed=seed,
-    mesh=evaluation.mesh, name="linear_sgd",
+    mesh=evaluation.mesh, name="linear_sgd", moved=evaluation.moved,
   )  # fmt: skip
   return heads

@@ -140,6 +140,7 @@ def evaluate_run(
   other: Loaded | None = None,
   encoders: Sequence[str] = (),
   keep: Callable[[Results], None] = lambda results: None,
+  moved: Callable[[], None] = lambda: None,
 ) -> Evaluated:
   """Runs `evals` ("knn,linear") on the trained encoder and on controls.
 
@@ -148,6 +149,7 @@ def evaluate_run(
       the groups data and evaluate.
     encoders: keys of TITLES; empty: all, or by config the trained one alone.
     keep: is given each encoder's figures as soon as they are there.
+    moved: is called at each batch, as the watchdog wants it.
 
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
   """
@@ -155,6 +157,7 @@ def evaluate_run(
   if not chosen:
     return Evaluated({}, None)
   trained = trained_evaluation(experiment, state, train, test, folder)
+  trained = dataclasses.replace(trained, moved=moved)
   if other:
     second = trained_evaluation(other.experiment, other.state, train, test)
     trained = dataclasses.replace(trained, other=second)
