@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from ssrl_jax.data.memory import Recycled
 from ssrl_jax.data.sampling import position
 
 Batch = dict[str, np.ndarray]
@@ -136,13 +137,15 @@ def _prefetched(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
   if not flags.FLAGS.is_parsed():  # Grain asks absl for flags, which only absl's own main parses
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers)
-  dataset = dataset.mp_prefetch(options, worker_init_fn=_depend_on_parent).map(_owned)
+  dataset = dataset.mp_prefetch(options, worker_init_fn=_depend_on_parent).map(
+    functools.partial(_owned, Recycled())
+  )
   return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
 
 
-def _owned(batch: Batch) -> Batch:
+def _owned(memory: Recycled, batch: Batch) -> Batch:
   """Workers send arrays in shared memory that is unmapped with the array, even if views remain."""
-  return {k: np.array(v) for k, v in batch.items()}
+  return {k: memory.copy(v) for k, v in batch.items()}
 
 
 def _depend_on_parent(worker: int, num_workers: int) -> None:

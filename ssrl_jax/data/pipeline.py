@@ -23,6 +23,7 @@ import numpy as np
 
 from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
 from ssrl_jax.data.decode import DamagedImage, Picture, decode_onto
+from ssrl_jax.data.memory import Recycled
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
 from ssrl_jax.data.sources import Source, check_frames, read_together
 
@@ -220,9 +221,10 @@ class _Reader:
     self._frames = frames
     self._draw_frames = functools.partial(draw_frames, count=frames, span=frame_span, seed=seed)
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+    self._memory = Recycled()
 
   def __getstate__(self):
-    return self.__dict__ | {"_pool": None}
+    return self.__dict__ | {"_pool": None, "_memory": Recycled()}
 
   def close(self) -> None:
     if self._pool:
@@ -253,7 +255,7 @@ class _Reader:
   def _batch(self, ids, put, frames: tuple[int, ...] = ()) -> Batch:
     n, side = len(ids), self._canvas
     batch = {
-      "image": np.zeros((n, *frames, side, side, 3), np.uint8),
+      "image": self._memory.empty((n, *frames, side, side, 3)),  # all of it is written
       "extent": np.full((n, 2), side, np.int32),
       "label": np.full(n, -1, np.int32),
       "id": np.asarray(ids, np.int64),
@@ -299,11 +301,12 @@ class _Reader:
     for j in places:
       i = int(batch["id"][j])
       if i == PADDING:
+        batch["image"][j] = 0
         continue
       try:
         self._put(batch, j, i, read)
       except DamagedImage:
-        batch["substituted"][j] = True
+        batch["image"][j], batch["substituted"][j] = 0, True
 
   def _put(
     self,
