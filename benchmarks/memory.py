@@ -11,7 +11,6 @@ does not fit. MiB are those of one device.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from typing import Any
 
@@ -21,24 +20,15 @@ from benchmarks.common import write_results
 from ssrl_jax import parallel
 from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.config import load_file
-from ssrl_jax.dry_run import array_bytes, compiled_memory
+from ssrl_jax.dry_run import array_bytes, compiled_memory, too_much
 from ssrl_jax.experiment import abstract_state, build
 from ssrl_jax.step import compile_step
 
 
 def measure(config, *, topology: str) -> dict[str, Any]:
-  given, config = config.mesh, config.copy_and_resolve_references()
-  if topology:
-    config.mesh.update({"devices": 1, "slices": 0, "fsdp": 1})
-  experiment = build(config, num_examples=config.batch_size * 1000, num_classes=10)
-  if topology:
-    mesh = parallel.make_mesh(
-      slices=given.slices,
-      fsdp=given.fsdp,
-      devices=parallel.described_tpus(topology, given.slices or 1),
-    )
-    parallel.check_batch_size(config.batch_size, mesh)
-    experiment = experiment._replace(mesh=mesh)
+  devices = parallel.described_tpus(topology, config.mesh.slices or 1) if topology else None
+  num_examples = config.batch_size * 1000
+  experiment = build(config, num_examples=num_examples, num_classes=10, devices=devices)
   state = abstract_state(experiment)
   row = {
     "method": config.method.name,
@@ -54,11 +44,7 @@ def measure(config, *, topology: str) -> dict[str, Any]:
     memory = compiled_memory(compiled) / 2**20
     sent = sum(summary(collectives(compiled.as_text())).values()) / 2**20
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-    memory = f"does not fit: {used[1]} of {used[2]}" if used else "does not fit"
-    sent = "-"
+    memory, sent = f"does not fit: {too_much(error)}", "-"
   seconds = time.perf_counter() - start
   return row | {"memory_mib": memory, "sent_mib": sent, "compile_s": seconds}
 

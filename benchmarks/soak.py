@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.common import write_results
 
 KILLS_A_RUN = 5
-STEPS, EPOCH, SAVE_EVERY = 26, 6, 4
+STEPS, EPOCH, SAVE_EVERY, JUDGE_EVERY = 26, 6, 4, 5
 SHARED = (
   f"--config.steps={STEPS}", f"--config.data.num_train={16 * EPOCH}", "--config.data.num_test=16",
   f"--config.checkpoint.every_steps={SAVE_EVERY}", "--config.log.every_steps=1",
@@ -49,6 +49,10 @@ RUNS = {
     "simclr", "--config.guard.on_bad_step=skip", "--config.guard.spike=0.1",
   ],
   "simclr, cached": ["simclr", "--config.data.cache=device", "--config.data.steps_ahead=3"],
+  "simclr, evaluated meanwhile": [
+    "simclr", f"--config.evaluate.during.every_steps={JUDGE_EVERY}",
+    "--config.evaluate.during.evals=knn,linear",
+  ],
 }  # fmt: skip
 MOMENTS = ("any time", "first step", "end of an epoch", "checkpoint", "evaluation")
 TABLE = """
@@ -83,6 +87,7 @@ class Command:
 
   def __init__(self, forks: Any, arguments: list[str], folder: Path):
     self.folder, self._out = folder, folder.with_suffix(".out")
+    self._meanwhile = any("during" in argument for argument in arguments)
     self._out.write_text("")
     self.process = forks.Process(target=_command, args=("ssrl_jax.main", arguments, str(self._out)))
     self.process.start()
@@ -99,6 +104,7 @@ class Command:
 
   def wait_for(self, moment: str, draw: random.Random, seconds: float) -> bool:
     """Returns at the moment, or False if the run came to its end before it."""
+    last = JUDGE_EVERY * draw.randint(1, STEPS // JUDGE_EVERY)
     before, end = self.unfinished_checkpoints(), time.monotonic() + draw.uniform(0, seconds)
     nth, edge = draw.randint(1, 3), 0
     seen: set[str] = set()
@@ -111,7 +117,7 @@ class Command:
         "first step": "compiled in" in self.printed(),
         "end of an epoch": step >= edge,
         "checkpoint": len(seen) >= nth,
-        "evaluation": step == STEPS,
+        "evaluation": step == STEPS or (self._meanwhile and step == last),
       }[moment]:
         pause = {"first step": 0.3, "checkpoint": 0.05, "evaluation": 1.0}
         time.sleep(draw.uniform(0, pause.get(moment, 0)))
@@ -124,13 +130,14 @@ class Command:
     self.process.kill()
     self.process.join()
     step, writing = self.step(), bool(self.unfinished_checkpoints())
+    judged = f"evaluated at step {step}:" in self.printed()
     if writing:
       return "writing a checkpoint"
     if step < 0:
       return "first step" if "compiled in" in self.printed() else "starting"
-    return (
-      "evaluating" if step == STEPS else "end of an epoch" if step % EPOCH == 0 else "mid-epoch"
-    )
+    if step == STEPS or (self._meanwhile and step % JUDGE_EVERY == 0 and not judged):
+      return "evaluating"
+    return "end of an epoch" if step % EPOCH == 0 else "mid-epoch"
 
   def finish(self) -> None:
     self.process.join()

@@ -30,6 +30,17 @@ _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\
 _MESH = re.compile(
   r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
 )
+# Between TPU slices the compiler leaves what is sent to the hosts.
+_BETWEEN_HOSTS = re.compile(
+  r'_xla_megascale_target="\{(.*?)\}x\{(.*?)\}".*?_xla_megascale_transfer_type="(\w+)"'
+)
+_HOSTS_KINDS = {
+  "ALL_REDUCE": "all-reduce",
+  "ALL_GATHER": "all-gather",
+  "REDUCE_SCATTER": "reduce-scatter",
+  "ALL_TO_ALL": "all-to-all",
+  "ONE_TO_ONE": "collective-permute",
+}
 _MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
 _GROUP_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
@@ -110,6 +121,9 @@ def _walk(computations: dict, name: str, times: int, everyone: int) -> Iterator[
     if kind in KINDS:
       yield from _of_instruction(instruction, kind, times, everyone, computations, name)
       continue
+    if kind == "send" and (between := _BETWEEN_HOSTS.search(instruction.rest)):
+      yield _of_send(instruction, times, *between.groups())
+      continue
     trips = _TRIPS.search(instruction.rest)
     for one, several in _CALLED.findall(instruction.rest):
       for called in [one] if one else re.findall(r"[\w.\-]+", several):
@@ -135,6 +149,29 @@ def _of_instruction(
     yield Collective(
       "reduce-scatter" if parts else kind, size, groups, times, source[1] if source else ""
     )
+
+
+def _of_send(
+  instruction: _Instruction, times: int, slices: str, devices: str, kind: str
+) -> Collective:
+  """Of each device with those at its place in the other slices."""
+  num_slices, slice_size = _count(slices), _count(devices)
+  bits, dims = _arrays(instruction.shape)[0]
+  whole, kind = math.prod(dims) * bits // 8, _HOSTS_KINDS[kind]
+  groups = np.arange(num_slices * slice_size).reshape(num_slices, slice_size).T
+  return Collective(
+    kind,
+    whole * (num_slices if kind == "all-gather" else 1),
+    _rows(groups),
+    times,
+    "",
+  )
+
+
+def _count(numbers: str) -> int:
+  """ "1,2" -> 2; "0:7", both ends being in it, -> 8."""
+  ranges = [[int(n) for n in part.split(":")] for part in numbers.split(",")]
+  return sum(r[-1] - r[0] + 1 for r in ranges)
 
 
 def _arrays(shape: str) -> list[tuple[int, list[int]]]:

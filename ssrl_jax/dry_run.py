@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,11 +70,12 @@ class Cost(NamedTuple):
     return self.steps * self.flops_per_step
 
 
-def assumed_experiment(config: ConfigDict) -> Experiment:
+def assumed_experiment(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Experiment:
   """The experiment, of a training set whose size is assumed where the config does not say it."""
   data = config.data
   num_examples = data.num_train or data.dry_run_examples
-  return build(config, num_examples=num_examples, num_classes=data.dry_run_classes)
+  classes = data.dry_run_classes
+  return build(config, num_examples=num_examples, num_classes=classes, devices=devices)
 
 
 def cost(experiment: Experiment) -> Cost:
@@ -82,9 +84,21 @@ def cost(experiment: Experiment) -> Cost:
   return Cost(experiment.total_steps, flops, hours)
 
 
+def too_much(error: jax.errors.JaxRuntimeError) -> str:
+  """ "20.1G of 15.75G", of the compiler's error for what does not fit; others are raised again."""
+  if "RESOURCE_EXHAUSTED" not in str(error):
+    raise error
+  found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+  return f"{found[1]} of {found[2]}" if found else "what the compiler does not say"
+
+
 def say_compiled(experiment: Experiment, *, say: Callable[[str], None]) -> None:
   """Prints what the compiled step takes on each device, and what it sends from each."""
-  compiled = compile_step(experiment, abstract_state(experiment))
+  try:
+    compiled = compile_step(experiment, abstract_state(experiment))
+  except jax.errors.JaxRuntimeError as error:
+    say(f"compiled memory   does not fit: {too_much(error)}")
+    return
   say(f"compiled memory   {compiled_memory(compiled) / 2**20:,.0f} MiB a device, for this backend")
   found = collectives(compiled.as_text())
   slice_size = experiment.mesh.size // experiment.mesh.shape[parallel.SLICE]
@@ -95,9 +109,17 @@ def say_compiled(experiment: Experiment, *, say: Callable[[str], None]) -> None:
     say(f"{name:<17} {total:,.3g} MiB from each device{f': {kinds}' if kinds else ''}")
 
 
-def dry_run(config: ConfigDict, *, say: Callable[[str], None], compile_too: bool = False) -> None:
-  """Prints the parameter table, shapes, shardings, memory, FLOPs and estimated device-hours."""
-  experiment = assumed_experiment(config)
+def dry_run(
+  config: ConfigDict, *, say: Callable[[str], None], compile_too: bool = False, tpu: str = ""
+) -> None:
+  """Prints the parameter table, shapes, shardings, memory, FLOPs and estimated device-hours.
+
+  Args:
+    compile_too: also what the compiled step takes and sends.
+    tpu: a TPU slice to do it for, of config.mesh.slices such; it need not be there.
+  """
+  devices = parallel.described_tpus(tpu, config.mesh.slices or 1) if tpu else None
+  experiment = assumed_experiment(config, devices=devices)
   state, batch = abstract_state(experiment), abstract_batch(experiment)
   n, mib = experiment.mesh.size, 2**20
   leaves = jax.tree.leaves(state)
@@ -105,7 +127,8 @@ def dry_run(config: ConfigDict, *, say: Callable[[str], None], compile_too: bool
   say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   say(describe_groups(state.params) + "\n")
   axes = ", ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
-  say(f"mesh              {n} device(s): {axes}")
+  kind = experiment.mesh.devices.flat[0].device_kind
+  say(f"mesh              {n} device(s) ({kind}): {axes}")
   for name, x in batch.items():
     shard = x.sharding.shard_shape(x.shape)
     say(f"batch/{name:<11} {x.dtype}{list(x.shape)}, on each device {list(shard)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,13 +88,24 @@ def training_sampling(config: ConfigDict, source: sources.Source) -> Sampling | 
   )
 
 
-def build(config: ConfigDict, *, num_examples: int, num_classes: int | None) -> Experiment:
+def build(
+  config: ConfigDict,
+  *,
+  num_examples: int,
+  num_classes: int | None,
+  devices: Sequence[Any] | None = None,
+) -> Experiment:
   """Builds the method, optimizer and mesh; allocates nothing.
+
+  Args:
+    devices: to make the mesh of; None: those that are there.
 
   Raises:
     ValueError: an unknown name, a batch that the devices cannot share, a set smaller than a batch.
   """
-  mesh = parallel.make_mesh(config.mesh.devices, slices=config.mesh.slices, fsdp=config.mesh.fsdp)
+  mesh = parallel.make_mesh(
+    config.mesh.devices, slices=config.mesh.slices, fsdp=config.mesh.fsdp, devices=devices
+  )
   batch_size = config.batch_size
   parallel.check_batch_size(batch_size, mesh)
   if num_examples < batch_size:

@@ -47,6 +47,10 @@ DEVICES = flags.DEFINE_integer("devices", 0, "With --dry_run: pretend to have th
 COMPILE = flags.DEFINE_bool(
   "compile", False, "With --dry_run: compile the step too; print its memory and what it sends."
 )
+TPU = flags.DEFINE_string(
+  "tpu", "", "With --dry_run: for this TPU slice, e.g. v5e:4x4, which need not be there; needs the "
+  "extra tpu. With --compile its own compiler says what fits.",
+)  # fmt: skip
 ALLOW_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Continue a run although its config has changed."
 )
@@ -57,7 +61,13 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it ar
 def run(argv: list[str]) -> int:
   """Returns the exit status; those of processes.py."""
   config, given, started = CONFIG.value, flags.FLAGS, time.monotonic()
-  if DRY_RUN.value and DEVICES.value:
+  if not DRY_RUN.value and (DEVICES.value or COMPILE.value or TPU.value):
+    raise ValueError("--devices, --compile and --tpu are for --dry_run, which is not given")
+  if DEVICES.value and TPU.value:
+    raise ValueError("--devices and --tpu both say how many devices there are; give one of them")
+  if TPU.value:
+    jax.config.update("jax_platforms", "cpu")
+  if DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
   print_line(processes.start(
@@ -65,7 +75,7 @@ def run(argv: list[str]) -> int:
   ))  # fmt: skip
   say = print_line if jax.process_index() == 0 else lambda line: None
   if DRY_RUN.value:
-    dry_run(config, say=say, compile_too=COMPILE.value)
+    dry_run(config, say=say, compile_too=COMPILE.value, tpu=TPU.value)
     return 0
 
   source = open_split(config, "train")

@@ -60,9 +60,23 @@ def described_tpus(topology: str, num_slices: int = 1) -> list[Any]:
 
   A program can be compiled for them and not run. Needs the extra `tpu` (libtpu), and no TPU.
   """
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine in the cloud to ask
+  for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no machine in the cloud to ask
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is held
+  }.items():
+    os.environ.setdefault(name, value)
   options = {"num_slices": num_slices} if num_slices > 1 else {}
-  return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+  try:
+    return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+  except RuntimeError as error:
+    raise ValueError(
+      f"no TPU slice {topology!r} can be described; expected GENERATION:SHAPE, e.g. v5e:4x4, "
+      "v5p:2x2x4 or v6e:16x16, and libtpu installed (pip install ssrl_jax[tpu]): "
+      f"{' '.join(str(error).split())[:200]}"
+    ) from error
 
 
 def _slices(devices: Sequence[Any], num_slices: int) -> list[list[Any]]:

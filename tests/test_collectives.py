@@ -160,6 +160,29 @@ def test_what_leaves_a_slice_is_told():
   assert not any(c.crosses(8) for c in collectives(PROGRAM))
 
 
+# As libtpu 0.0.42 prints what goes between two slices of eight, a gather of two parts among it.
+BETWEEN_HOSTS = """
+HloModule jit_step, num_partitions=8
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %sum = f32[1,8,128]{2,1,0:T(8,128)} all-reduce(%a), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %send = (f32[1,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%sum, %after), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = token[] send-done(%send), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv = (f32[1,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.1 = (s32[4]{0}, u32[], token[]) send(%part, %after), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_GATHER"}
+}
+"""  # noqa: E501
+
+
+def test_what_hosts_send_between_tpu_slices_is_read_too():
+  within, reduced, gathered = collectives(BETWEEN_HOSTS)
+  assert (within.kind, within.crosses(8)) == ("all-reduce", False)
+  assert (reduced.kind, reduced.whole, reduced.sent) == ("all-reduce", 4096, 4096.0)
+  assert (gathered.kind, gathered.whole, gathered.sent) == ("all-gather", 32, 16.0)
+  assert reduced.groups == gathered.groups == tuple((i, i + 8) for i in range(8))
+  assert reduced.crosses(8)
+
+
 def sent(f, *shapes, spec, out):
   """What f sends: its first argument cut as the batch, the others as `spec` says."""
   mesh = parallel.make_mesh(8, fsdp=4)

@@ -444,6 +444,36 @@ def test_dry_run_of_imagenet_tells_what_it_costs():
     assert part in out
 
 
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--compile"], "are for --dry_run, which is not given"),
+    (["--dry_run", "--devices=8", "--tpu=v5e:2x4"], "both say how many devices there are"),
+    (["--dry_run", "--tpu=v9:2x2"], "no TPU slice 'v9:2x2' can be described"),
+  ],
+)
+def test_dry_run_is_asked_for_devices_that_can_be(flags, message):
+  code, _, err = run(f"{SMOKE}:simclr", *flags)
+  assert code == 1
+  assert err.startswith("error: ")
+  assert message in err
+
+
+def test_dry_run_for_a_tpu_that_is_not_there():
+  """Two slices of it, by the TPU's own compiler; only where that is installed."""
+  pytest.importorskip("libtpu", reason="needs the extra tpu")
+  arguments = (
+    f"{SMOKE}:simclr",
+    "--config.encoder.name=resnet6",
+    "--config.mesh.slices=2",
+  )
+  code, out, err = run(*arguments, "--dry_run", "--compile", "--tpu=v5e:2x4")
+  assert code == 0, err
+  assert "mesh              16 device(s) (TPU v5 lite): slice 2, data 8, fsdp 1" in out
+  assert re.search(r"^compiled memory +\d+ MiB a device", out, re.MULTILINE)
+  assert re.search(r"^between slices +\S+ MiB from each device: all-reduce", out, re.MULTILINE)
+
+
 def test_neither_tensorflow_nor_torch_is_needed(tmp_path):
   """A run, its evaluation and its report where neither can be found, compiled as users do."""
   code = """
