@@ -1,7 +1,7 @@
 """What it costs to read pictures: decoder, shrinking, pipelines side by side, waiting, memory.
 
 python -m benchmarks.data [--photos=FOLDER] [--torch=PYTHON] [--tensorflow=PYTHON] [--seconds=4]
-  [--batches=100000] [--name=data]
+  [--parts=decode,pipelines,peers,small,waiting,memory] [--batches=100000] [--name=data]
 
 Prints a table and writes results/NAME.json. Rates are pictures for each second of processor time of
 the process and its threads: what one core does, also on a busy machine; what is compared takes
@@ -39,6 +39,7 @@ from ssrl_jax.data.pipeline import train_batches
 
 WIDTH, HEIGHT, QUALITY, NOISE = 500, 400, 92, 14
 BARE = "bare decoder (libjpeg-turbo)"
+PARTS = ("decode", "pipelines", "peers", "small", "waiting", "memory")
 CANVASES = (512, 352, 224)  # not shrunk; of configs/imagenet.py; of a small view
 
 
@@ -182,8 +183,8 @@ class Records:
   def __getitem__(self, i: int) -> dict[str, Any]:
     return self.parse(self.records[i])
 
-  def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
-    return [self.parse(record) for record in self.records.__getitems__(positions)]
+  def read_together(self, positions: list[int]) -> dict[int, dict[str, Any]]:
+    return dict(zip(positions, map(self.parse, self.records.__getitems__(positions))))
 
 
 def write_records(path: Path, count: int, *, png: bool) -> Records:
@@ -335,6 +336,7 @@ def main() -> None:
   parser.add_argument("--torch", default="")
   parser.add_argument("--tensorflow", default="")
   parser.add_argument("--seconds", type=float, default=4.0)
+  parser.add_argument("--parts", default=",".join(PARTS))
   parser.add_argument("--batches", type=int, default=100_000)
   parser.add_argument("--name", default="data")
   options = parser.parse_args()
@@ -346,16 +348,21 @@ def main() -> None:
     folder.mkdir()
     for i, data in enumerate(jpegs):
       (folder / f"{i:03}.jpg").write_bytes(data)
-    rows = [row("size of a JPEG, bytes", "mean", 1000 * kilobytes)]
-    for canvas in CANVASES:
-      rows += measure_parts(jpegs, canvas, options.seconds)
-    for canvas in CANVASES:
-      rows += measure_pipelines(folder, jpegs, canvas, options.seconds)
-    rows += measure_peers(folder, canvas, options.seconds, options.torch, options.tensorflow)
-    for form in ("raw", "PNG"):
-      rows += measure_small(Path(root), form, options.seconds)
-    rows += [measure_waiting(folder, workers) for workers in (0, 2)]
-    rows += measure_memory(options.batches)
+    rows, seconds, parts = [], options.seconds, options.parts.split(",")
+    if set(parts) & {"decode", "pipelines", "peers"}:
+      rows.append(row("size of a JPEG, bytes", "mean", 1000 * kilobytes))
+    for canvas in CANVASES if "decode" in parts else ():
+      rows += measure_parts(jpegs, canvas, seconds)
+    for canvas in CANVASES if "pipelines" in parts else ():
+      rows += measure_pipelines(folder, jpegs, canvas, seconds)
+    if "peers" in parts:
+      rows += measure_peers(folder, CANVASES[-1], seconds, options.torch, options.tensorflow)
+    for form in ("raw", "PNG") if "small" in parts else ():
+      rows += measure_small(Path(root), form, seconds)
+    for workers in (0, 2) if "waiting" in parts else ():
+      rows.append(measure_waiting(folder, workers))
+    if "memory" in parts:
+      rows += measure_memory(options.batches)
   write_results(options.name, rows)
 
 
