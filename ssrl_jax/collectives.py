@@ -134,10 +134,9 @@ def _of_instruction(
   instruction: _Instruction, kind: str, times: int, everyone: int, computations: dict, inside: str
 ) -> Iterator[Collective]:
   sizes = [math.prod(dims) * bits // 8 for bits, dims in _arrays(instruction.shape)]
-  if instruction.op == "all-gather-start":  # what goes in, then what comes out
-    sizes = sizes[len(sizes) // 2 :]
-  elif instruction.op == "collective-permute-start":  # in, out, and two flags
-    sizes = sizes[:1]
+  if instruction.op.endswith("-start") and kind != "all-reduce":
+    k = len(instruction.operands)  # what goes in, what comes out, and flags
+    sizes = sizes[k : 2 * k]
   groups = _groups(instruction.rest, everyone)
   source = _SOURCE.search(instruction.rest)
   for i, size in enumerate(sizes):

@@ -123,9 +123,9 @@ def base_config(method: str) -> ConfigDict:
 
   c.watchdog = ConfigDict()  # a process that waits longer ends, for the scheduler to start it again
   c.watchdog.start_minutes = 5.0  # for all processes of the job to come
-  c.watchdog.first_minutes = 30.0  # for the first step: restoring and compiling
+  c.watchdog.first_minutes = 30.0  # for the first step: restoring and compiling; 0 = for ever
   c.watchdog.minutes = 10.0  # for any other step; 0 = waits for ever, also for the first
-  c.watchdog.evaluation_minutes = 60.0  # between two batches of the last evaluation; 0 = for ever
+  c.watchdog.evaluation_minutes = 60.0  # between two batches of an evaluation; 0 = for ever
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every_steps = 500  # and always at the end

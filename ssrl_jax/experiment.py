@@ -120,6 +120,14 @@ def build(
   check_ramp(**config.views_ramp)
   check_fraction(config.data.max_bad_fraction)
   guard.check_options(**config.guard)
+  cadences = {
+    "log.every_steps": config.log.every_steps,
+    "checkpoint.every_steps": config.checkpoint.every_steps,
+    "data.steps_ahead": config.data.steps_ahead,
+  }
+  for name, steps in cadences.items():
+    if steps < 1:
+      raise ValueError(f"{name} is {steps}; expected 1 or more")
   if config.data.cache not in ("", "device"):
     raise ValueError(f"data.cache is {config.data.cache!r}; expected '' (streamed) or 'device'")
   run = Run(batch_size, steps_per_epoch, total_steps, num_classes)

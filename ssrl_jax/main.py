@@ -97,8 +97,9 @@ def run(argv: list[str]) -> int:
     say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
         f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
     say(describe_groups(params))
+    stacks = folder / f"stacks-{jax.process_index()}.txt"
     with processes.watchdog(
-      folder, first_minutes=limits.first_minutes, minutes=limits.minutes
+      stacks, first_minutes=limits.first_minutes, minutes=limits.minutes
     ) as moved:
       state, finished = train(experiment, source, folder, say=say, moved=moved, evaluate=evaluate)
     if not finished:
@@ -107,7 +108,7 @@ def run(argv: list[str]) -> int:
     command = shlex.join(["python", "-m", "ssrl_jax.main", *argv[1:]])
     quiet = limits.evaluation_minutes
     with processes.watchdog(
-      folder, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
+      stacks, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
     ) as moved:
       judge(
         experiment, state, source, test, folder, say=say, moved=moved, command=command,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import queue
 import re
 import signal
 import sys
@@ -261,50 +262,52 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def watchdog(
-  folder: Path, *, first_minutes: float, minutes: float, of: str = "step"
-) -> Iterator[Callable[[], None]]:
+  file: Path, *, first_minutes: float, minutes: float, of: str = "step"
+) -> Iterator[Callable[..., None]]:
   """Yields what to call after each step; too long without, and the process ends with LOST.
 
-  It writes the stacks of all its threads to FOLDER/stacks-PROCESS.txt first; so does a process that
-  JAX ends. What is counted is this thread's own short waits: neither a clock that jumps nor the
-  time for which the process was stopped.
+  moved(within) lets so many minutes pass until it is called again, moved() the usual ones. At the
+  end the stacks of all threads are written to `file`; so are those of a process that JAX ends. What
+  is counted is this thread's own short waits: neither a clock that jumps nor the time for which the
+  process was stopped.
 
   Args:
-    first_minutes: until the first step, which is compiled before.
-    minutes: from one step to the next; 0: no limits.
+    file: of this process alone; there afterwards only if something was written.
+    first_minutes: until the first step, which is compiled before; 0: for ever.
+    minutes: from one step to the next; 0: no limits at all.
     of: what is waited for, in the message.
   """
   if not minutes:
-    yield lambda: None
+    yield lambda within=minutes: None
     return
-  path = folder / f"stacks-{jax.process_index()}.txt"
-  moved, done = threading.Event(), threading.Event()
+  signs, done = queue.SimpleQueue(), threading.Event()
 
-  def watch(file) -> None:
+  def watch(stacks) -> None:
     limit, waited = 60 * first_minutes, 0.0
-    while not done.wait(tick := min(1.0, limit / 10)):
+    while not done.wait(tick := min(1.0, limit / 10 or 1.0)):
       waited += tick
-      if moved.is_set():
-        moved.clear()
-        limit, waited = 60 * minutes, 0.0
-      elif waited >= limit:
-        print(f"no {of} in {limit:g} seconds, {time.ctime()}", file=file, flush=True)
-        faulthandler.dump_traceback(file)
+      if not signs.empty():
+        waited = 0.0
+        while not signs.empty():
+          limit = 60 * signs.get()
+      elif limit and waited >= limit:
+        print(f"no {of} in {limit:g} seconds, {time.ctime()}", file=stacks, flush=True)
+        faulthandler.dump_traceback(stacks)
         what = f"process {jax.process_index()}: no {of} was finished in {limit / 60:g} minutes"
-        _end(f"{what} (watchdog); the stacks of all threads are in {path}", linger=GRACE)
+        _end(f"{what} (watchdog); the stacks of all threads are in {file}", linger=GRACE)
 
-  with path.open("a") as file:
+  with file.open("a") as stacks:
     enable = jax.process_count() > 1 and not faulthandler.is_enabled()
     if enable:
-      faulthandler.enable(file)
-    thread = threading.Thread(target=watch, args=(file,), daemon=True)
+      faulthandler.enable(stacks)
+    thread = threading.Thread(target=watch, args=(stacks,), daemon=True)
     thread.start()
     try:
-      yield moved.set
+      yield lambda within=minutes: signs.put(within)
     finally:
       done.set()
       thread.join()
       if enable:
         faulthandler.disable()
-      if not file.tell():
-        path.unlink()
+      if not stacks.tell():
+        file.unlink(missing_ok=True)

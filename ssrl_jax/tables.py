@@ -119,6 +119,9 @@ def load_table(spec: str) -> tuple[str, Table]:
       raise ValueError(f"{path}: {nearest(column.judge, (*table.judges, 'run'), 'judge')}")
   for judge in table.judges.values():
     select(judge.evals)
+    others = [row.training.name for row in table.rows]
+    if judge.of and judge.of not in others:
+      raise ValueError(f"{path}: {nearest(judge.of, others, 'training')}")
     for row in table.rows:
       _check_options(judge, resolve(row.training))
   return f"{Path(path).stem}-{budget}", table
@@ -149,8 +152,9 @@ class Run(NamedTuple):
   def folder(self, workdirs: Sequence[Path]) -> Path:
     """Where it is; if it is nowhere, where it will be: in the first of `workdirs`."""
     name = f"{self.training.name}-{self.seed}"
-    found = [w / "runs" / name for w in workdirs if (w / "runs" / name / "results.json").exists()]
-    return (found or [workdirs[0] / "runs" / name])[0]
+    folders = [w / "runs" / name for w in workdirs]
+    found = [f for f in folders if (f / "results.json").exists()] or filter(finished, folders)
+    return next(iter(found), folders[0])
 
 
 def runs_of(table: Table) -> list[Run]:

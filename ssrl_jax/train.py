@@ -83,7 +83,7 @@ def train(
   workdir: Path,
   *,
   say: Callable[[str], None],
-  moved: Moved = lambda: None,
+  moved: Moved = lambda within=0: None,
   evaluate: Evaluate | None = None,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.

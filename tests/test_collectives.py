@@ -138,6 +138,22 @@ def test_collectives_are_read_from_the_program():
   assert collectives(PROGRAM)[0].source == "gradients"
 
 
+def test_collectives_that_begin_and_end_apart_count_what_comes_out():
+  text = """HloModule m, num_partitions=8
+ENTRY %m (a: f32[64], b: f32[8]) -> f32[16] {
+  %r = ((f32[64]{0}, f32[8]{0}), (f32[16]{0}, f32[2]{0}), u32[]) reduce-scatter-start(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %t = ((f32[64]{0}), f32[64]{0}) all-to-all-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %s = (f32[64]{0}, f32[8]{0}) all-reduce-start(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}
+}"""  # noqa: E501
+  assert [(c.kind, c.whole, c.sent) for c in collectives(text)] == [
+    ("reduce-scatter", 256, 192.0),
+    ("reduce-scatter", 32, 24.0),
+    ("all-to-all", 256, 192.0),
+    ("all-reduce", 256, 384.0),
+    ("all-reduce", 32, 48.0),
+  ]
+
+
 def test_groups_are_read_in_every_form():
   listed, *_, looped = [c.groups for c in collectives(PROGRAM)]
   assert listed == ((0, 2, 4, 6), (1, 3, 5, 7))

@@ -129,6 +129,19 @@ def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(
   assert json.loads((folder / "data.json").read_text()) == {"num_examples": 128, "num_classes": 10}
 
 
+def test_evaluation_beside_a_run_leaves_the_run_s_files_alone(finished, tmp_path):
+  """And writes its own where --out says, so that the run's folder need not be writable."""
+  folder, _, _ = finished
+  stacks, out = folder / "stacks-0.txt", tmp_path / "new" / "own.json"
+  stacks.touch()  # as the watchdog of training has it
+  before = sorted(folder.iterdir())
+  code, _, err = run(f"--workdir={folder}", f"--out={out}", "--evals=knn", module=EVALUATE)
+  assert code == 0, err
+  assert sorted(folder.iterdir()) == before
+  assert list(out.parent.iterdir()) == [out]
+  stacks.unlink()
+
+
 def test_evaluate_names_the_nearest_option_and_what_a_file_must_be(finished):
   folder, _, _ = finished
   meant = "did you mean"
@@ -136,6 +149,8 @@ def test_evaluate_names_the_nearest_option_and_what_a_file_must_be(finished):
     ("--evaluate.knn.kk=3", meant),
     ("--data.sourc=x", meant),
     ("--out=figures", "figures: expected a file NAME.json"),
+    ("--encoders=trained,random", "did you mean 'random_init'"),
+    ("--mesh.fsdp=3", "mesh.fsdp is 3, which does not divide the 1 devices"),
   ):
     code, _, err = run(f"--workdir={folder}", argument, module=EVALUATE)
     assert code == 1
@@ -233,6 +248,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.evaluate.evals=knm"], "did you mean 'knn'"),
     ([SMOKE, "--config.evaluate.during.patience=2"], "evaluate.during.every_steps is 0"),
     ([SMOKE, "--config.evaluate.during.every_steps=-2"], "must be >= 0"),
+    ([SMOKE, "--config.evaluate.during.every_steps=2", "--config.evaluate.during.patience=1",
+      "--config.evaluate.during.figure=linear/accuracy"], "what is evaluated is knn"),
+    ([SMOKE, "--config.evaluate.batch_size=0"], "evaluate.batch_size 0 is not divisible"),
+    ([SMOKE, "--config.log.every_steps=0"], "log.every_steps is 0; expected 1 or more"),
+    ([SMOKE, "--config.checkpoint.every_steps=0"], "checkpoint.every_steps is 0"),
+    ([SMOKE, "--config.data.cache=device", "--config.data.steps_ahead=0"], "steps_ahead is 0"),
     ([SMOKE, "--config.global_views.count=0"], "global views"),
     ([SMOKE, "--config.encoder.name=vit_nano", "--config.encoder.vit.patch=7"], "patch"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),

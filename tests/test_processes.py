@@ -43,11 +43,9 @@ def cli(argv):
     given = values.coordinator, values.num_processes, values.process_id
     print(processes.start(*given, minutes=values.start_minutes), flush=True)
     processes.first_does(lambda: int("what is wrong" if values.refuse else "1"))
-    folder, limits = (
-      pathlib.Path(values.folder),
-      {"first_minutes": values.minutes, "minutes": values.minutes},
-    )
-    with processes.watchdog(folder, **limits) as moved:
+    stacks = pathlib.Path(values.folder) / f"stacks-{values.process_id}.txt"
+    minutes = values.minutes
+    with processes.watchdog(stacks, first_minutes=minutes, minutes=minutes) as moved:
       for _ in range(values.meetings):
         parallel.all_processes(parallel.np.arange(2))
         moved()
@@ -252,6 +250,22 @@ def test_process_that_hangs_or_dies_does_not_leave_the_other_waiting(number, tmp
   assert other in (processes.LOST, -signal.SIGABRT)
 
 
+def test_watchdog_waits_as_long_as_the_last_sign_said(monkeypatch, tmp_path):
+  ended = []
+  monkeypatch.setattr(processes, "_end", lambda *args, **kwargs: ended.append(args))
+  stacks = tmp_path / "stacks"
+  with processes.watchdog(stacks, first_minutes=0, minutes=0.01) as moved:
+    time.sleep(1.0)  # for ever until the first
+    moved(1.0)
+    time.sleep(1.0)
+    assert not ended
+    moved()
+    time.sleep(2.0)
+    assert ended
+    stacks.unlink()  # as another process might
+  assert "no step was finished in 0.01 minutes" in ended[0][0]
+
+
 def test_last_evaluation_that_hangs_ends_with_its_stack(tmp_path):
   limit = ("--config.steps=2", "--config.evaluate.during.every_steps=0",
            "--config.watchdog.evaluation_minutes=0.05")  # fmt: skip
@@ -265,7 +279,7 @@ def test_watchdog_looks_at_no_clock(monkeypatch, tmp_path):
   """Nor so at the time for which a process is stopped, or its machine asleep."""
   ended = []
   monkeypatch.setattr(processes, "_end", lambda *args, **kwargs: ended.append(args))
-  with processes.watchdog(tmp_path, first_minutes=0.1, minutes=0.1):
+  with processes.watchdog(tmp_path / "stacks", first_minutes=0.1, minutes=0.1):
     for name in ("time", "monotonic", "perf_counter"):
       real = getattr(time, name)
       monkeypatch.setattr(time, name, lambda real=real: real() + 3600)

@@ -154,6 +154,17 @@ def test_divergence_is_counted_and_leaves_the_mean_alone(tmp_path):
   assert "| fusion | 3 of 3 | 51.0 ± 1.4 (2) | 77.8 | 1.50 ± 0.00 (2) | 0.33 ± 0.58 |" in text
 
 
+def test_divergence_on_another_machine_is_merged(tmp_path):
+  table = TABLE._replace(columns=(*TABLE.columns, Column("diverged", "run", "diverged", 2)))
+  for i in (1, 2):
+    stand_in = Stand_in(diverges=lambda c: "--config.seed=1" in c)
+    make(tmp_path / str(i), stand_in, part=(i, 2), table=table)
+  folders = [tmp_path / "1", tmp_path / "2"]
+  assert tables.missing(table, folders) == ([], [])
+  rows = tables.measured(table, folders)["rows"]
+  assert [row["cells"]["diverged"].get(1) for row in rows[:2]] == [1.0, 1.0]
+
+
 def test_a_run_that_came_to_its_end_after_all_did_not_diverge(tmp_path):
   stand_in = Stand_in(diverges=lambda c: "--config.seed=2" in c)
   make(tmp_path, stand_in)
@@ -210,6 +221,7 @@ def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
   [
     ({"baselines": ("simclrr",)}, "unknown row 'simclrr'; did you mean 'simclr'"),
     ({"columns": (Column("a", "frozn", "b"),)}, "unknown column 'linear %'|'frozn'"),
+    ({"judges": {"frozen": Judge("linear", of="smoke-byol")}}, "unknown training 'smoke-byol'"),
     ({"judges": {"frozen": Judge("linaer")}}, "unknown evaluation 'linaer'; did you mean 'linear'"),
     (
       {"judges": {"frozen": Judge("linear", {"evaluate.linear.epoch": 3})}},

@@ -8,6 +8,7 @@ DIR/evaluation.json, and writes pictures and tables to DIR/evaluation/. Nothing 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ssrl_jax.options import nearest
 from ssrl_jax.run_folder import load_config, merge_evaluation
 from ssrl_jax.state import state_digest
 
-GROUPS = ("evaluate", "data")  # of a run's config, that an evaluation may change
+GROUPS = ("evaluate", "data", "mesh")  # of a run's config, that an evaluation may change
 
 
 def run(values: flags.FlagValues, config: ConfigDict) -> int:
@@ -36,8 +37,8 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
     minutes=config.watchdog.start_minutes,
   ))  # fmt: skip
   say = print_line if jax.process_index() == 0 else lambda line: None
-  experiment, state = load_run(folder)
-  other = load_run(Path(values.other)) if values.other else None
+  experiment, state = load_run(folder, mesh=config.mesh)
+  other = load_run(Path(values.other), mesh=config.mesh) if values.other else None
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = experiment._replace(config=config)
   train = open_split(config, "train")
@@ -49,8 +50,10 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
     "state_digest": state_digest(state),
   }
   quiet = config.watchdog.evaluation_minutes
+  out.parent.mkdir(parents=True, exist_ok=True)
+  stacks = out.with_name(f"{out.stem}-stacks-{jax.process_index()}-{os.getpid()}.txt")
   with processes.watchdog(
-    folder, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
+    stacks, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
   ) as moved:
     evaluated = evaluate_run(
       experiment, state, train, test, evals=values.evals, say=say,

@@ -149,6 +149,7 @@ def detect_all(
   found: dict[int, Found] = {}
   with contextlib.closing(batches):
     for batch in batches:
+      evaluation.moved()
       out = _detect(
         trained, parallel.to_device(batch, evaluation.mesh), apply=evaluation.apply, head=head,
         mesh=evaluation.mesh, options=tuple(options.items()), **view,

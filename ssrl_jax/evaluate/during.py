@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,14 +16,14 @@ from ssrl_jax.evaluate.suite import runs, select, trained_evaluation
 from ssrl_jax.experiment import Experiment
 from ssrl_jax.state import TrainState
 
-Moved = Callable[[], None]  # called at signs of life
+Moved = Callable[..., None]  # called at signs of life, as `processes.watchdog` has it
 Evaluate = Callable[[TrainState, Moved], dict[str, float]]  # of `evaluate_during`
 
 
 def evaluate_during(experiment: Experiment, train: Source, test: Source | None) -> Evaluate | None:
   """What judges a state while a run trains, as config.evaluate.during says; None: nothing does.
 
-  It is given the state and what to call at signs of life, as the watchdog wants them.
+  It is given the state and what to call at signs of life, which may be rarer than a step's.
   Protocols that the pictures lack something for are left out, as by `evaluate_run`.
 
   Raises:
@@ -39,11 +40,17 @@ def evaluate_during(experiment: Experiment, train: Source, test: Source | None) 
   chosen = {n: p for n, p in chosen.items() if runs(p, train, test is not None)}
   if not options.every_steps or not chosen:
     return None
+  if options.patience and options.figure.split("/")[0] not in chosen:
+    raise ValueError(
+      f"evaluate.during.figure is {options.figure!r}, of which patience is to judge, and what is "
+      f"evaluated is {', '.join(chosen)}"
+    )
   bank = Subset(train, options.num_train, seed=0) if options.num_train else train
 
   def judge(state: TrainState, moved: Moved) -> dict[str, float]:
     evaluation = trained_evaluation(experiment, state, bank, test)
-    evaluation = dataclasses.replace(evaluation, moved=moved)
+    patient = functools.partial(moved, experiment.config.watchdog.evaluation_minutes)
+    evaluation = dataclasses.replace(evaluation, moved=patient)
     return {k: v for n, p in chosen.items() for k, v in p.run(evaluation, **config[n]).items()}
 
   return judge

@@ -148,6 +148,7 @@ def confusion(
   table_KK, read, pending = np.zeros((test.num_classes,) * 2, np.int64), 0, None
   with contextlib.closing(batches):
     for batch in batches:
+      evaluation.moved()
       batch = parallel.to_device(batch, evaluation.mesh)
       out = _confusion(
         trained, batch, apply=evaluation.apply, head=head, mesh=evaluation.mesh, **view

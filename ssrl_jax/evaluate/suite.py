@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
+from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.data.sources import Source, check_same_classes
 from ssrl_jax.evaluate import EVALS, Protocol
@@ -50,13 +53,18 @@ class Loaded(NamedTuple):
   state: TrainState
 
 
-def load_run(folder: Path) -> Loaded:
+def load_run(folder: Path, *, mesh: ConfigDict | None = None) -> Loaded:
   """The newest whole checkpoint of a run, and what its config makes; its pictures are not needed.
+
+  Args:
+    mesh: a config group for the devices that are here; None: the run's.
 
   Raises:
     FileNotFoundError: there is none yet.
   """
   config, facts = load_config(folder), read_facts(folder)
+  if mesh is not None:
+    config.mesh = mesh
   if facts is None:
     train = open_split(config, "train")
     facts = Facts(len(train), train.num_classes)
@@ -79,6 +87,10 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
     logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
   if not [n for n, p in chosen.items() if p.needs != "nothing" and runs(p, train, True)]:
     return None
+  try:
+    parallel.check_batch_size(config.evaluate.batch_size, experiment.mesh)
+  except ValueError as error:
+    raise ValueError(f"evaluate.{error}") from error
   try:
     test = open_split(config, "test")
   except (ValueError, FileNotFoundError) as error:
@@ -160,7 +172,10 @@ def evaluate_run(
   trained = dataclasses.replace(trained, moved=moved)
   if other:
     second = trained_evaluation(other.experiment, other.state, train, test)
-    trained = dataclasses.replace(trained, other=second)
+    trained = dataclasses.replace(trained, other=dataclasses.replace(second, moved=moved))
+  for name in encoders:
+    if name not in TITLES:
+      raise ValueError(nearest(name, TITLES, "encoder"))
   encoders = encoders or tuple(TITLES)[: None if experiment.config.evaluate.controls else 1]
   results: Results = {}
   for name in encoders:
@@ -180,8 +195,6 @@ def evaluate_run(
 
 def control(name: str, trained: Evaluation, experiment: Experiment) -> Evaluation:
   """The judgement of the encoder `name`, a key of TITLES."""
-  if name not in TITLES:
-    raise ValueError(nearest(name, TITLES, "encoder"))
   if name == "raw_pixels":
     return trained.with_encoder(raw_pixels, ())
   if name == "random_init":

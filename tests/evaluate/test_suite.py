@@ -46,6 +46,7 @@ def test_test_pictures_of_an_unlabelled_run_are_opened_where_they_are_of_use(
 @dataclasses.dataclass
 class Judged:
   folder: pathlib.Path | None = None
+  moved: object = None
 
 
 def test_each_encoder_s_figures_are_kept_before_the_next_is_judged(monkeypatch):
