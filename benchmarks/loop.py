@@ -1,7 +1,7 @@
 """What the loop costs on top of the bare compiled step: reading, logging, saving, all of `train`.
 
 python -m benchmarks.loop [--recipe=configs/digits.py] [--method=simclr] [--encoder=resnet6]
-  [--batch=64] [--steps=10] [--rounds=30] [--evaluate_every=50] [--name=loop]
+  [--batch=64] [--steps=10] [--rounds=30] [--evaluate_every=0] [--name=loop]
 
 At each log line, every `steps` steps, `train` is held up for as many bare steps: machines drift.
 Checkpoints are as frequent as the recipe's; what comes before the first (which compiles) is left
@@ -120,7 +120,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=64)
   parser.add_argument("--steps", type=int, default=10)
   parser.add_argument("--rounds", type=int, default=30)
-  parser.add_argument("--evaluate_every", type=int, default=50)
+  parser.add_argument("--evaluate_every", type=int, default=0)
   parser.add_argument("--name", default="loop")
   options = parser.parse_args()
   config = load_file(options.recipe).get_config(options.method)

@@ -400,6 +400,7 @@ def cli(argv: list[str]) -> int:
     failed = [] if v.report else make(table, workdirs, data=v.data, part=parse_part(v.rows))
     command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
     record = measured(table, workdirs)
+    workdirs[0].mkdir(parents=True, exist_ok=True)
     write_json(workdirs[0] / f"{name}.json", record | {"command": command})
     print_line(write_table(workdirs[0] / name, record, command=command))
     for line in failed:
