@@ -129,6 +129,18 @@ def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(
   assert json.loads((folder / "data.json").read_text()) == {"num_examples": 128, "num_classes": 10}
 
 
+def test_python_of_the_readme_gives_features(finished):
+  folder, _, _ = finished
+  text = (ROOT / "README.md").read_text()
+  code = re.search(r"\*\*From Python\*\*.*?```python\n(.*?)```", text, re.DOTALL)[1]
+  names = {"images": np.zeros((2, 32, 32, 3), np.float32)}
+  exec(code.replace("runs/digits-fusion", str(folder)), names)
+  features = names["features"]
+  assert features.pooled.ndim == 2
+  assert np.isfinite(features.pooled).all()
+  assert all(m.shape[0] == 2 for m in features.maps.values())
+
+
 def test_evaluation_beside_a_run_leaves_the_run_s_files_alone(finished, tmp_path):
   """And writes its own where --out says, so that the run's folder need not be writable."""
   folder, _, _ = finished
