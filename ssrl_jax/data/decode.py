@@ -4,14 +4,15 @@ A picture larger than the canvas is shrunk, its aspect ratio kept, until its lon
 smaller one is left as it is. Everything that would reach training as silent nonsense is handled or
 refused here: see `decode`.
 
-Pillow reads every header and is the judge of what is damaged; a sound JPEG's pixels come from
-libjpeg-turbo itself (the same pixels, without Pillow's own copies of them), and kornia-rs shrinks
-with Pillow's antialiased bicubic filter in half of Pillow's time: benchmarks/data.py.
+Pillow is the judge of what is damaged; a sound JPEG's pixels come from libjpeg-turbo itself (the
+same pixels, without Pillow's own copies of them), and kornia-rs shrinks with Pillow's antialiased
+bicubic filter in half of Pillow's time: benchmarks/data.py.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int)
     if isinstance(image, Image.Image):
       return _upright_rgb(image.copy(), b"", canvas)
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    if (pixels := _plain_jpeg(data, canvas)) is not None:
+      return pixels
     with Image.open(io.BytesIO(data), formats=FORMATS) as im:
       _check_claim(im.size, len(data))
       return _upright_rgb(im, data, canvas)
@@ -151,7 +154,9 @@ def _name(image: bytes | str | os.PathLike | Image.Image) -> str:
 
 def _upright_rgb(im: Image.Image, data: bytes, canvas: int) -> np.ndarray:
   """Decodes, shrinks and turns an image that was opened from `data`."""
-  pixels = _sound_jpeg(im, data, canvas)
+  pixels = None
+  if im.format == "JPEG" and im.mode in ("L", "RGB"):
+    pixels = _sound_jpeg(data, fit(*im.size, canvas))
   if pixels is None:
     im.load()
     pixels = np.asarray(_to_rgb(im))
@@ -160,17 +165,42 @@ def _upright_rgb(im: Image.Image, data: bytes, canvas: int) -> np.ndarray:
   return _UPRIGHT[turn](pixels) if turn in _UPRIGHT else pixels
 
 
-def _sound_jpeg(im: Image.Image, data: bytes, canvas: int) -> np.ndarray | None:
-  """RGB of a grey or YCbCr JPEG without the least fault, at a scale not below twice the final size.
+def _plain_jpeg(data: bytes, canvas: int) -> np.ndarray | None:
+  """The picture of a JPEG that needs nothing of what Pillow knows; None: Pillow is to open it."""
+  if not _says_nothing_more(data):
+    return None
+  try:
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+  except ValueError:
+    return None
+  most = min(MAX_PIXELS_PER_BYTE * len(data), Image.MAX_IMAGE_PIXELS or math.inf)
+  if colours not in ("Gray", "YCbCr") or height * width > most:
+    return None
+  size = fit(width, height, canvas)
+  pixels = _sound_jpeg(data, size)
+  return pixels if pixels is None else _shrink(pixels, size)
+
+
+def _says_nothing_more(data: bytes) -> bool:
+  """Whether a JPEG has no segment APP1 before its scan: there an orientation would stand."""
+  if not data.startswith(b"\xff\xd8"):
+    return False
+  at = 2
+  while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xe1":
+    if data[at + 1 : at + 2] == b"\xda":
+      return True
+    at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+  return False
+
+
+def _sound_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
+  """RGB of a grey or YCbCr JPEG without the least fault, at a scale not below twice `size`.
 
   None: anything else, which Pillow decodes or refuses. So the decoder changes no verdict.
   """
-  if im.format != "JPEG" or im.mode not in ("L", "RGB"):
-    return None
-  width, height = fit(*im.size, canvas)
   try:  # scales above 1/2 would be slower than the whole picture
     return simplejpeg.decode_jpeg(
-      data, min_height=2 * height, min_width=2 * width, min_factor=2, strict=True
+      data, min_height=2 * size[1], min_width=2 * size[0], min_factor=2, strict=True
     )
   except ValueError:
     return None
