@@ -14,7 +14,7 @@ from configs import SMALL
 from ssrl_jax.config import base_config, change, view_group
 
 # Of 2e-3 and 2e-2 the better one after 8 epochs; hybrid and rotation were tried at 2e-3 alone.
-SLOW = ("moco_v2", "hybrid", "rotation")
+SLOW = ("moco_v2", "jigsaw", "hybrid", "rotation")
 
 
 def get_config(method: str = "fusion") -> ConfigDict:
