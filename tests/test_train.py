@@ -142,9 +142,11 @@ def evaluated(folder, tmp_path_factory):
   before = []
 
   def counting(state, moved):
+    signs = []
     before.append(len(compiled))
-    figures = judge(state, moved)
+    figures = judge(state, lambda within=None: signs.append(within))
     before.append(len(compiled))
+    assert set(signs) == {config.watchdog.evaluation_minutes}  # rarer than those of steps
     return figures
 
   source = open_split(config, "train")

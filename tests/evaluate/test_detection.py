@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 
 import jax
 import numpy as np
@@ -140,10 +141,15 @@ def test_a_frozen_encoder_keeps_every_byte_and_8_devices_agree(coco, monkeypatch
   monkeypatch.setattr(
     dense, "train_head", lambda *a, **k: trained.append(whole(*a, **k)) or trained[-1]
   )
-  evaluations = [make_evaluation(num_devices=n) for n in (1, 8)]
+  signs = []
+  evaluations = [
+    dataclasses.replace(make_evaluation(num_devices=n), moved=lambda: signs.append(1))
+    for n in (1, 8)
+  ]
   before = jax.tree.map(lambda x: np.asarray(x).tobytes(), evaluations[0].weights)
   options = FIT | {"levels": 1, "candidates": 20}  # compiles faster
   figures = [run(e, source=coco, test_split="train", steps=2, **options) for e in evaluations]
+  assert len(signs) > 2 * 2  # of life, in the test pass too
   for one, evaluation in zip(trained, evaluations):
     for tree in (one.encoder, evaluation.weights):
       assert jax.tree.map(lambda x: np.asarray(x).tobytes(), tree) == before

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +92,14 @@ def test_a_frozen_encoder_keeps_every_byte_and_8_devices_agree(masks, monkeypatc
   monkeypatch.setattr(
     dense, "train_head", lambda *a, **k: trained.append(whole(*a, **k)) or trained[-1]
   )
-  evaluations = [make_evaluation(num_devices=n) for n in (1, 8)]
+  signs = []
+  evaluations = [
+    dataclasses.replace(make_evaluation(num_devices=n), moved=lambda: signs.append(1))
+    for n in (1, 8)
+  ]
   before = jax.tree.map(lambda x: np.asarray(x).tobytes(), evaluations[0].weights)
   figures = [run(e, source=masks, test_split="train", steps=4, **FIT) for e in evaluations]
+  assert len(signs) > 2 * 4  # of life, in the test pass too
   for one, evaluation in zip(trained, evaluations):
     for tree in (one.encoder, evaluation.weights):
       assert jax.tree.map(lambda x: np.asarray(x).tobytes(), tree) == before
