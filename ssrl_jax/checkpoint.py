@@ -4,7 +4,9 @@ A checkpoint is Orbax's `state` and a JSON item `meta` with the checksum of ever
 Orbax alone restores a flipped byte without a word. Writing happens beside the next steps; a folder
 gets its name only when complete, so a kill at any moment leaves the ones before it untouched. A
 disk that fails for a while is waited for: saving is tried again with the state that the run has
-come to by then, while it goes on.
+come to by then, while it goes on. Several processes find out together whether the disk is there
+before Orbax begins, and wait for it together: Orbax meets at many places, where nobody may be
+missing. What fails in between ends the job, which is started again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,7 @@ class Checkpoints:
     workdir: the run's folder.
     keep: how many of the newest to keep, >= 1.
     keep_best: how many of the highest `score` to keep beside them, >= 0.
-    retries: how often in a row a failed save, or reading what cannot be read, is tried again. With
-      several processes, which would have to agree on it, a save is not.
+    retries: how often in a row a failed save, or reading what cannot be read, is tried again.
     retry_seconds: before the first of them; each waits twice as long as the one before.
     read_only: nothing is written, moved or deleted (an evaluation of a running run).
   """
@@ -99,6 +100,8 @@ class Checkpoints:
     item = ocp.args.Composite(
       state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
     )
+    if reason := self._wait_together(lambda: self._no_room(state)):
+      raise CheckpointError(self._told(step, reason))
     with self._counted(step), _quiet():
       if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
         raise FileNotFoundError(f"{self.folder} has vanished")
@@ -111,7 +114,7 @@ class Checkpoints:
   def due(self) -> bool:
     """Whether a save failed and it is time for the next: of whatever state there is by now.
 
-    Several processes would have to agree on it, at the same step; they stop instead.
+    Several processes waited for the disk before, and stop if it failed all the same.
     """
     if jax.process_count() > 1:
       return False
@@ -142,6 +145,37 @@ class Checkpoints:
         self._failures = 0
     return self._due is None or time.monotonic() >= self._due
 
+  def _wait_together(self, fault: Callable[[], str]) -> str:
+    """With several processes: waits, `retries` times, until none has a `fault` to name.
+
+    Returns, in all of them, the fault that is left; empty if there is none.
+    """
+    if jax.process_count() == 1:
+      return ""
+    for attempt in itertools.count():
+      reason = fault()
+      failing = np.flatnonzero(parallel.all_processes(np.array([bool(reason)], np.int64)))
+      if not failing.size:
+        return ""
+      reason = reason or f"process {failing[0]} has no access"
+      if attempt == self._retries:
+        return reason
+      seconds = self._retry_seconds * 2**attempt
+      logging.warning("%s: %s; all wait, trying again in %g s", self.folder, reason, seconds)
+      time.sleep(seconds)
+
+  def _no_room(self, state: TrainState) -> str:
+    """Why this process cannot write into the folder, or all together a state; empty if they can."""
+    needed = sum(x.nbytes for x in jax.tree.leaves(_saved(state)))
+    probe = self.folder / f".writable-{jax.process_index()}"
+    try:
+      probe.write_bytes(b"x")
+      probe.unlink()
+      free = shutil.disk_usage(self.folder).free
+    except OSError as error:
+      return _line(error)
+    return "" if free >= needed else f"{free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} needed"
+
   @contextlib.contextmanager
   def _counted(self, step: int | None) -> Iterator[None]:
     """Around a save: its failure is reported and sets when to try again, or is the last straw."""
@@ -149,19 +183,22 @@ class Checkpoints:
       yield
     except Exception as error:
       self._failures += 1
-      complete = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
-      what = f"could not save a checkpoint{'' if step is None else f' at step {step}'}"
-      safe = f"the one of step {complete[-1]} is safe" if complete else "none was saved before"
+      told = self._told(step, _line(error))
       if self._failures > self._retries or jax.process_count() > 1:
-        raise CheckpointError(
-          f"{what}: {_line(error)}. In {self.folder} {safe}; put that right (a full disk: make "
-          "room) and the same command goes on from there"
-        ) from error
+        raise CheckpointError(told) from error
       seconds = self._retry_seconds * 2 ** (self._failures - 1)
       self._due = time.monotonic() + seconds
-      logging.warning(
-        "%s: %s; %s; trying again in %g s", what, _line(error), safe, seconds
-      )  # fmt: skip
+      logging.warning("%s; trying again in %g s", told, seconds)
+
+  def _told(self, step: int | None, reason: str) -> str:
+    """A failed save, and what there is beside it."""
+    complete = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+    safe = f"the one of step {complete[-1]} is safe" if complete else "none was saved before"
+    return (
+      f"could not save a checkpoint{'' if step is None else f' at step {step}'}: {reason}. In "
+      f"{self.folder} {safe}; put that right (a full disk: make room) and the same command goes on "
+      "from there"
+    )
 
   def _reopen(self) -> None:
     """Orbax's manager anew, which looks what there is and removes what was written in vain."""
@@ -215,15 +252,18 @@ class Checkpoints:
   def _restore_patiently(self, step: int, abstract_state: TrainState) -> TrainState:
     """Tries `retries` times while its files cannot be read, and twice when they can.
 
-    With several processes once: the others would be waiting somewhere else.
+    Several processes look first whether all can read, and then try once.
     """
+    folder = self.folder / str(step)
+    if reason := self._wait_together(lambda: _unreadable(folder, whole=False)):
+      raise Unreadable(reason)
     retries, tries = (self._retries, 2) if jax.process_count() == 1 else (0, 1)
     wrong = 0  # times that they could be read
     for attempt in itertools.count():
       try:
         return self._restore_step(step, abstract_state)
       except Exception as error:
-        reason = _unreadable(self.folder / str(step))
+        reason = _unreadable(folder)
         if reason and attempt >= retries:
           raise Unreadable(reason) from error
         wrong += not reason
@@ -268,13 +308,13 @@ def _line(error: Exception) -> str:
   return " ".join(str(error).split())[:300]
 
 
-def _unreadable(folder: Path) -> str:
-  """Why a file of the folder cannot be read, as far as the file system is to blame; else empty."""
+def _unreadable(folder: Path, *, whole: bool = True) -> str:
+  """Why a file, or its first byte, cannot be read, as far as the file system is to blame."""
   try:
     for path in folder.rglob("*"):
       if path.is_file():
         with path.open("rb") as file:
-          while file.read(2**24):
+          while file.read(2**24 if whole else 1) and whole:
             pass
   except OSError as error:
     return str(error)

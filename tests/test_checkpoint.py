@@ -251,7 +251,9 @@ def test_checkpoint_that_cannot_be_read_for_a_while_is_waited_for(tmp_path, monk
   saved(tmp_path, [2, 3]).close()
   checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=3, retry_seconds=0.0)
   flaky = Flaky(monkeypatch, "restore", 3)
-  monkeypatch.setattr(checkpoint, "_unreadable", lambda folder: "EIO" if flaky.left else "")
+  monkeypatch.setattr(
+    checkpoint, "_unreadable", lambda folder, whole=True: "EIO" if flaky.left else ""
+  )
   assert int(checkpoints.restore(abstract(make_state(0))).step) == 3
   assert not (tmp_path / "damaged").exists()
 

@@ -145,6 +145,43 @@ def test_four_processes_of_twice_the_devices_go_on_with_the_same_losses(alone, s
         assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+FLAKY = ("--config.checkpoint.retry_seconds=0.01",)
+
+
+@pytest.mark.slow
+def test_disk_that_fails_one_process_for_a_while_is_waited_for_by_all(alone, stopped, tmp_path):
+  """It cannot read the checkpoint to go on from, and then has no room for the last one."""
+  folder = tmp_path / "run"
+  shutil.copytree(stopped, folder)
+  arguments = (*RUN, *QUIET, *FLAKY, f"--workdir={folder}")
+  (code, _, said), (other_code, _, other_said) = finish(
+    together(2, *arguments, module="tests.flaky_disk")
+  )
+  assert (code, other_code) == (0, 0), said + other_said
+  assert said.count("process 1 has no access; all wait") == 4
+  assert other_said.count("Permission denied") == other_said.count("0 MiB free") == 2
+  assert results(folder)[0] == results(alone)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("begun", "message"),
+  [(True, "cannot be read .*left as it is"), (False, "could not save a checkpoint at step 4: ")],
+)
+def test_disk_that_fails_one_process_for_longer_ends_all(begun, message, stopped, tmp_path):
+  folder = tmp_path / "run"
+  if begun:
+    shutil.copytree(stopped, folder)
+  arguments = (*RUN, *QUIET, *FLAKY, "--config.checkpoint.retries=1", f"--workdir={folder}",
+               "--config.evaluate.during.every_steps=0")  # fmt: skip
+  for code, _, said in finish(together(2, *arguments, module="tests.flaky_disk")):
+    assert code == 1
+    assert re.search(message, said), said
+  assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
+    p.name for p in (stopped / "checkpoints").iterdir() if begun
+  )
+
+
 @pytest.mark.parametrize(
   ("given", "message"),
   [
