@@ -286,13 +286,13 @@ def measure_waiting(folder: Path, workers: int) -> dict[str, Any]:
   batches = train_batches(
     Jpegs(folder, 20), seed=0, batch_size=batch, start_step=0, canvas=224, workers=workers
   )
-  for _ in range(3):
+  for _ in range(4 + 8 * workers):  # more than are read ahead: they would make the host look faster
     next(batches)
   start = time.perf_counter()
-  for _ in range(10):
-    next(batches)
-  step, waited, start = 1.5 * (time.perf_counter() - start) / 10, 0.0, time.perf_counter()
   for _ in range(20):
+    next(batches)
+  step, waited, start = 1.5 * (time.perf_counter() - start) / 20, 0.0, time.perf_counter()
+  for _ in range(40):
     time.sleep(step)  # a device at work needs no processor
     before = time.perf_counter()
     next(batches)
