@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets. Of the entries that
 # a device's kind starts with the first counts: "TPU v5 lite" before "TPU v5", which is a v5p.
@@ -33,7 +34,9 @@ PEAK_FLOPS = {
 
 def count_flops(f: Callable, *args: Any) -> float:
   """Model FLOPs of one call f(*args); arguments may be `jax.ShapeDtypeStruct`s."""
-  return _count(jax.make_jaxpr(f)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+  used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(used)
 
 
 def _count(jaxpr: Any) -> float:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ssrl_jax.flops import count_flops, measured_matmul_flops, peak_flops
+from ssrl_jax.models.convolution import conv_general_dilated
 from ssrl_jax.models.resnet import make_resnet
 
 
@@ -18,6 +19,7 @@ def test_matmul_by_hand():
   assert count_flops(jnp.matmul, shape(3, 5), shape(5, 7)) == 2 * 3 * 5 * 7
   assert count_flops(jnp.matmul, shape(4, 3, 5), shape(4, 5, 7)) == 4 * 2 * 3 * 5 * 7
   assert count_flops(lambda x, y: jnp.sum(x * y), shape(9), shape(9)) == 0  # no product of matrices
+  assert count_flops(lambda x: (x @ x, x + 1)[1], shape(3, 3)) == 0  # whose result nobody asks for
 
 
 def test_gradient_of_a_matmul_costs_one_product_for_each_operand():
@@ -48,11 +50,15 @@ def test_cond_counts_its_most_expensive_branch():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_convolution_and_both_its_gradients_cost_the_same(stride, groups):
+@pytest.mark.parametrize(("groups", "by_parts"), [(1, False), (4, False), (1, True)])
+def test_convolution_and_both_its_gradients_cost_the_same(stride, groups, by_parts, monkeypatch):
   """b * h * w outputs of k * k * (c / groups) products for each of the d channels; even sides."""
-  b, h, w, c, d, k = 2, 8, 6, 4, 8, 3
-  conv = nn.Conv(d, (k, k), (stride, stride), "SAME", feature_group_count=groups, use_bias=False)
+  b, h, w, c, d, k = 64, 8, 6, 4, 8, 3
+  conv = nn.Conv(
+    d, (k, k), (stride, stride), ((k // 2,) * 2,) * 2, feature_group_count=groups, use_bias=False,
+    conv_general_dilated=conv_general_dilated if by_parts else None,
+  )  # fmt: skip
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
 
   def loss(kernel, x):
     return jnp.sum(conv.apply({"params": {"kernel": kernel}}, x) ** 2)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ssrl_jax.method import Array, Features
+from ssrl_jax.models.convolution import conv_general_dilated
 
 # depth -> blocks per stage, bottleneck. 6, 8 and 10 are ours, for tests and CPU recipes.
 DEPTHS = {
@@ -141,6 +142,7 @@ def conv(
     use_bias=False,
     kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
     dtype=dtype,
+    conv_general_dilated=conv_general_dilated,
     name=name,
   )
 

@@ -1,0 +1,99 @@
+"""The kernel's gradient by parts of the batch, as a lone CPU makes it, against XLA's own."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssrl_jax.models import convolution
+from ssrl_jax.models.resnet import make_resnet
+
+CPU = jax.devices("cpu")[0]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+  """The tests have eight devices."""
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def arguments(kernel, stride, pad, *, batch=64, side=(9, 8), dtype=jnp.float32):
+  x, k, weight = (jax.random.key(i) for i in range(3))
+  height, width = ((n + 2 * pad - kernel) // stride + 1 for n in side)
+  return (
+    jax.random.normal(x, (batch, *side, 3), dtype),
+    jax.random.normal(k, (kernel, kernel, 3, 4), dtype),
+    jax.random.normal(weight, (batch, height, width, 4), dtype),
+  )
+
+
+def gradients(stride, pad, x, kernel, weight):
+  def loss(x, kernel):
+    y = convolution.conv_general_dilated(
+      x, kernel, (stride, stride), ((pad, pad), (pad, pad)), lhs_dilation=(1, 1),
+      rhs_dilation=(1, 1), dimension_numbers=convolution.NHWC, feature_group_count=1,
+    )  # fmt: skip
+    return jnp.sum(weight * y**2)
+
+  with jax.default_device(CPU):
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+
+
+@pytest.mark.parametrize("batch", [64, 100])
+@pytest.mark.parametrize(
+  ("kernel", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (8, 1, 0)]
+)
+def test_gradients_are_those_of_the_whole_batch(kernel, stride, pad, batch, monkeypatch):
+  values = arguments(kernel, stride, pad, batch=batch)
+  want = gradients(stride, pad, *values)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  got = gradients(stride, pad, *values)
+  for a, b in zip(got, want):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_parts_of_bfloat16_are_summed_in_float32(alone):
+  """All parts alike, of which a sum in bfloat16 would soon be no more."""
+  x, kernel, weight = arguments(3, 1, 1, batch=convolution.PART, dtype=jnp.bfloat16)
+  one = gradients(1, 1, x, kernel, weight)[1].astype(jnp.float32)
+  x, weight = (jnp.tile(v, (300, 1, 1, 1)) for v in (x, weight))
+  many = gradients(1, 1, x, kernel, weight)[1]
+  np.testing.assert_allclose(many.astype(jnp.float32) / 300, one, rtol=2e-2, atol=1e-2)
+
+
+def test_only_a_lone_cpu_makes_parts(monkeypatch):
+  values = arguments(3, 1, 1)
+  trace = lambda: str(jax.make_jaxpr(partial(gradients, 1, 1))(*values))  # noqa: E731
+  assert "platform_index" not in trace()
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert "platform_index" in trace()
+
+
+@pytest.mark.parametrize(
+  ("batch", "part"), [(256, 16), (100, 10), (36, 12), (32, 16), (16, 16), (7, 7), (74, 74)]
+)
+def test_parts_are_equal_and_neither_large_nor_tiny(batch, part):
+  assert convolution.largest_part(batch) == part
+
+
+def test_encoder_has_the_same_gradient(monkeypatch):
+  encoder = make_resnet(depth=6, width=4, stem="cifar", zero_init=False)
+  images = jax.random.normal(jax.random.key(0), (64, 16, 16, 3))
+  variables = encoder.init(jax.random.key(1), images, train=True)
+
+  def gradient():
+    def loss(params):
+      out, _ = encoder.apply(
+        variables | {"params": params}, images, train=True, mutable=["batch_stats"]
+      )
+      return jnp.sum(jnp.sin(out.pooled))
+
+    with jax.default_device(CPU):
+      return jax.jit(jax.grad(loss))(variables["params"])
+
+  want = gradient()
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  for a, b in zip(jax.tree.leaves(gradient()), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
