@@ -1,9 +1,10 @@
-"""The gradient of a convolution's kernel, by parts of the batch where a lone CPU does the work.
+"""The gradients of a convolution as XLA's CPU compiler (jaxlib 0.10) is quick with.
 
-XLA's CPU compiler (jaxlib 0.10) lays the pictures side by side as channels for it, and a whole
-batch of those does not fit the caches: parts of PART take 0.3 to 0.7 of the time (measured by
-benchmarks/convolution.py). Nothing else is changed: not the value, not the gradient of the input,
-and on TPUs, GPUs and several devices not the kernel's either.
+For the kernel's gradient it lays the pictures side by side as channels, and a whole batch of them
+does not fit the caches: parts of PART take 0.3 to 0.7 of the time. Within a loop, as gradients are
+accumulated in, it is slow (ten times and more) with whatever is not laid out as [B, H, W, C], which
+is what differentiation makes. So on one CPU both gradients are written out in that form, the
+kernel's by parts: benchmarks/convolution.py. TPUs, GPUs and several devices have JAX's own.
 """
 
 from __future__ import annotations
@@ -26,11 +27,8 @@ def conv_general_dilated(
 ) -> Array:
   """As `lax.conv_general_dilated`, for `nn.Conv`: [B, H, W, C] and a kernel [h, w, C, F]."""
   plain = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
-  part = largest_part(len(x_BHWC))
-  usual = options.get("feature_group_count", 1) == 1 and not any(
-    max(options.get(name) or (1,)) > 1 for name in ("lhs_dilation", "rhs_dilation")
-  )
-  if jax.device_count() > 1 or part == len(x_BHWC) or not usual:
+  dilated = any(max(options.get(f"{side}_dilation") or (1,)) > 1 for side in ("lhs", "rhs"))
+  if jax.device_count() > 1 or options.get("feature_group_count", 1) > 1 or dilated:
     return plain(x_BHWC, kernel)
 
   @jax.custom_vjp
@@ -42,10 +40,13 @@ def conv_general_dilated(
 
   def backward(saved: tuple[Array, Array], dy_BhwF: Array) -> tuple[Array, Array]:
     x_BHWC, kernel = saved
-    (dx_BHWC,) = jax.linear_transpose(lambda x: plain(x, kernel), x_BHWC)(dy_BhwF)
-    whole = lambda x, dy: jax.linear_transpose(lambda k: plain(x, k), kernel)(dy)[0]  # noqa: E731
-    by_parts = partial(_by_parts, kernel, strides, padding, part, options.get("precision"))
-    return dx_BHWC, lax.platform_dependent(x_BHWC, dy_BhwF, cpu=by_parts, default=whole)
+    form = (strides, padding, options.get("precision"), x_BHWC, kernel)
+    of_x = lambda dy: jax.linear_transpose(lambda x: plain(x, kernel), x_BHWC)(dy)[0]  # noqa: E731
+    of_kernel = lambda dy: jax.linear_transpose(lambda k: plain(x_BHWC, k), kernel)(dy)[0]  # noqa: E731
+    return (
+      lax.platform_dependent(dy_BhwF, cpu=partial(_gradient_of_x, *form), default=of_x),
+      lax.platform_dependent(dy_BhwF, cpu=partial(_gradient_of_kernel, *form), default=of_kernel),
+    )
 
   convolve.defvjp(forward, backward)
   return convolve(x_BHWC, kernel)
@@ -57,21 +58,27 @@ def largest_part(batch: int) -> int:
   return part if part >= PART // 4 else batch
 
 
-def _by_parts(
-  kernel: Array,
-  strides: Any,
-  padding: Any,
-  part: int,
-  precision: Any,
-  x_BHWC: Array,
-  dy_BhwF: Array,
+def _gradient_of_x(
+  strides: Any, padding: Any, precision: Any, x_BHWC: Array, kernel: Array, dy_BhwF: Array
 ) -> Array:
-  """The kernel's gradient [h, w, C, F]: a convolution of the pictures with the outer gradient.
+  """[B, H, W, C]: the outer gradient, spread out by the strides, with the kernel turned round."""
+  sizes = zip(kernel.shape, x_BHWC.shape[1:3], dy_BhwF.shape[1:3], strides, padding)
+  pads = [
+    (k - 1 - low, size + low - (n - 1) * stride - 1) for k, size, n, stride, (low, _) in sizes
+  ]
+  return lax.conv_general_dilated(
+    dy_BhwF, kernel[::-1, ::-1].transpose(0, 1, 3, 2), (1, 1), pads,
+    lhs_dilation=strides, dimension_numbers=NHWC, precision=precision,
+  )  # fmt: skip
 
-  Written out with its transpositions: within a loop XLA's CPU compiler knows only NHWC.
-  """
+
+def _gradient_of_kernel(
+  strides: Any, padding: Any, precision: Any, x_BHWC: Array, kernel: Array, dy_BhwF: Array
+) -> Array:
+  """[h, w, C, F]: pictures and outer gradient convolved, batch and channels exchanged."""
   sizes = zip(kernel.shape, x_BHWC.shape[1:3], dy_BhwF.shape[1:3], strides, padding)
   pads = [(low, (n - 1) * stride + k - size - low) for k, size, n, stride, (low, _) in sizes]
+  part = largest_part(len(x_BHWC))
 
   def add(i: Array, total_hwCF: Array) -> Array:
     x_bHWC, dy_bhwF = (lax.dynamic_slice_in_dim(v, i * part, part) for v in (x_BHWC, dy_BhwF))

@@ -1,6 +1,6 @@
-"""The kernel's gradient by parts of the batch, as a lone CPU makes it, against XLA's own."""
+"""The gradients as a lone CPU makes them, against JAX's own."""
 
-from functools import partial
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,19 @@ def arguments(kernel, stride, pad, *, batch=64, side=(9, 8), dtype=jnp.float32):
 
 
 def gradients(stride, pad, x, kernel, weight):
-  def loss(x, kernel):
+  with jax.default_device(CPU):
+    return compiled(stride, pad)(x, kernel, weight)
+
+
+def compiled(stride, pad):
+  def loss(x, kernel, weight):
     y = convolution.conv_general_dilated(
       x, kernel, (stride, stride), ((pad, pad), (pad, pad)), lhs_dilation=(1, 1),
       rhs_dilation=(1, 1), dimension_numbers=convolution.NHWC, feature_group_count=1,
     )  # fmt: skip
     return jnp.sum(weight * y**2)
 
-  with jax.default_device(CPU):
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+  return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("batch", [64, 100])
@@ -63,12 +67,20 @@ def test_parts_of_bfloat16_are_summed_in_float32(alone):
   np.testing.assert_allclose(many.astype(jnp.float32) / 300, one, rtol=2e-2, atol=1e-2)
 
 
-def test_only_a_lone_cpu_makes_parts(monkeypatch):
-  values = arguments(3, 1, 1)
-  trace = lambda: str(jax.make_jaxpr(partial(gradients, 1, 1))(*values))  # noqa: E731
-  assert "platform_index" not in trace()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_a_lone_cpu_is_given_the_form_that_its_compiler_is_quick_with(stride, monkeypatch):
+  values = arguments(3, stride, 1)
+
+  def forms(platform):
+    text = compiled(stride, 1).trace(*values).lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text))
+
+  quick = {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+  own = forms("cpu")
+  assert own > quick
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  assert "platform_index" in trace()
+  assert forms("cpu") == quick
+  assert forms("tpu") == forms("cuda") == own
 
 
 @pytest.mark.parametrize(
