@@ -5,8 +5,8 @@ Orbax alone restores a flipped byte without a word. Writing happens beside the n
 gets its name only when complete, so a kill at any moment leaves the ones before it untouched. A
 disk that fails for a while is waited for: saving is tried again with the state that the run has
 come to by then, while it goes on. Several processes find out together whether the disk is there
-before Orbax begins, and wait for it together: Orbax meets at many places, where nobody may be
-missing. What fails in between ends the job, which is started again.
+before they save or restore, and wait for it together: Orbax meets at many places, where nobody may
+be missing. What fails in between ends them with a status that asks to be started again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ class Checkpoints:
     retries: how often in a row a failed save, or reading what cannot be read, is tried again.
     retry_seconds: before the first of them; each waits twice as long as the one before.
     read_only: nothing is written, moved or deleted (an evaluation of a running run).
+    moved: what to tell, while processes wait, within how many minutes to expect the next sign of
+      life.
   """
 
   def __init__(
@@ -58,6 +61,7 @@ class Checkpoints:
     retries: int = 5,
     retry_seconds: float = 1.0,
     read_only: bool = False,
+    moved: Callable[[float], None] = lambda minutes: None,
   ):
     if keep < 1 or keep_best < 0:
       raise ValueError(f"checkpoint.keep {keep} must be >= 1, keep_best {keep_best} >= 0")
@@ -67,7 +71,7 @@ class Checkpoints:
       )
     self.folder = Path(workdir).absolute() / "checkpoints"
     self._read_only, self._retries, self._retry_seconds = read_only, retries, retry_seconds
-    self._failures, self._due, self._saving = 0, None, False
+    self._failures, self._due, self._saving, self._moved = 0, None, False, moved
     newest = policies.LatestN(keep)
     best = policies.BestN(get_metric_fn=lambda m: m["score"], n=keep_best)
     kept = policies.AnyPreservationPolicy([newest, best] if keep_best else [newest])
@@ -100,7 +104,8 @@ class Checkpoints:
     item = ocp.args.Composite(
       state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
     )
-    if reason := self._wait_together(lambda: self._no_room(state)):
+    is_new = step not in self._manager.all_steps()
+    if is_new and (reason := self._wait_together(lambda: self._no_room(state))):
       raise CheckpointError(self._told(step, reason))
     with self._counted(step), _quiet():
       if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
@@ -157,24 +162,41 @@ class Checkpoints:
       failing = np.flatnonzero(parallel.all_processes(np.array([bool(reason)], np.int64)))
       if not failing.size:
         return ""
-      reason = reason or f"process {failing[0]} has no access"
+      reason = reason or f"process {failing[0]} cannot use it"
       if attempt == self._retries:
         return reason
       seconds = self._retry_seconds * 2**attempt
       logging.warning("%s: %s; all wait, trying again in %g s", self.folder, reason, seconds)
+      self._moved(1 + seconds / 30)
       time.sleep(seconds)
 
+  def _disagree(self) -> str:
+    """Several processes: whether they see other checkpoints than each other; looks again."""
+    if jax.process_count() == 1:
+      return ""
+    self._manager.reload()
+    steps = self.steps()
+    seen_P2 = parallel.all_processes(np.array([len(steps), sum(steps)], np.int64)).reshape(-1, 2)
+    return "" if (seen_P2 == seen_P2[0]).all() else f"this process sees the steps {steps}"
+
   def _no_room(self, state: TrainState) -> str:
-    """Why this process cannot write into the folder, or all together a state; empty if they can."""
+    """Why this process cannot write into the folder, or all together a state; empty if they can.
+
+    Orbax compresses, so it may refuse the last few per cent of a disk.
+    """
     needed = sum(x.nbytes for x in jax.tree.leaves(_saved(state)))
     probe = self.folder / f".writable-{jax.process_index()}"
     try:
       probe.write_bytes(b"x")
-      probe.unlink()
-      free = shutil.disk_usage(self.folder).free
+      disk = shutil.disk_usage(self.folder)
     except OSError as error:
       return _line(error)
-    return "" if free >= needed else f"{free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} needed"
+    finally:
+      with contextlib.suppress(OSError):
+        probe.unlink()
+    if disk.free >= needed or not disk.total:  # a mounted bucket may have no size
+      return ""
+    return f"{disk.free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} needed"
 
   @contextlib.contextmanager
   def _counted(self, step: int | None) -> Iterator[None]:
@@ -184,7 +206,9 @@ class Checkpoints:
     except Exception as error:
       self._failures += 1
       told = self._told(step, _line(error))
-      if self._failures > self._retries or jax.process_count() > 1:
+      if jax.process_count() > 1:
+        raise processes.StartAgain(told) from error
+      if self._failures > self._retries:
         raise CheckpointError(told) from error
       seconds = self._retry_seconds * 2 ** (self._failures - 1)
       self._due = time.monotonic() + seconds
@@ -220,6 +244,8 @@ class Checkpoints:
       CheckpointError: there are checkpoints but none is whole, or one cannot be read for now, which
         says nothing about it: it stays where it is.
     """
+    if reason := self._wait_together(self._disagree):
+      raise CheckpointError(f"{self.folder} is not the same for all processes: {reason}")
     steps = [s for s in self.steps() if at_most is None or s <= at_most]
     for step in reversed(steps):
       error, reason = None, "another process cannot read it"
@@ -310,10 +336,14 @@ def _line(error: Exception) -> str:
 
 def _unreadable(folder: Path, *, whole: bool = True) -> str:
   """Why a file, or its first byte, cannot be read, as far as the file system is to blame."""
+
+  def refuse(error: OSError) -> None:
+    raise error
+
   try:
-    for path in folder.rglob("*"):
-      if path.is_file():
-        with path.open("rb") as file:
+    for place, _, names in os.walk(folder, onerror=refuse):
+      for name in names:
+        with Path(place, name).open("rb") as file:
           while file.read(2**24 if whole else 1) and whole:
             pass
   except OSError as error:

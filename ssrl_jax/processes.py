@@ -37,6 +37,10 @@ MESSAGE = 1024  # bytes of an error that process 0 tells the others
 _GONE = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
 
 
+class StartAgain(OSError):
+  """Ends a process with LOST: nothing for a user to put right."""
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """--coordinator, --num_processes and --process_id: what `start` is given."""
   flags.DEFINE_string(
@@ -184,12 +188,13 @@ def exit_together(program: Callable[[], int], *, show_traceback: Callable[[], bo
     try:
       return program()
     except Exception as error:
-      if not others_are_gone(error):
+      if isinstance(error, StartAgain):
+        what = str(error)
+      elif others_are_gone(error):
+        what = f"another process is gone ({' '.join(str(error).split())[:200]})"
+      else:
         raise
-      print(
-        f"error: another process is gone ({' '.join(str(error).split())[:200]}); exit status "
-        f"{LOST}: start again", file=sys.stderr, flush=True,
-      )  # fmt: skip
+      print(f"error: {what}; exit status {LOST}: start again", file=sys.stderr, flush=True)
       return LOST
 
   try:

@@ -99,7 +99,7 @@ def train(
   config, total = experiment.config, experiment.total_steps
   options = config.checkpoint.to_dict()
   save_every = options.pop("every_steps")
-  checkpoints = Checkpoints(workdir, **options)
+  checkpoints = Checkpoints(workdir, moved=moved, **options)
   state = checkpoints.restore(abstract_state(experiment))
   say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
   state = state or create_state(experiment)

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import pathlib
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ssrl_jax import checkpoint
+from ssrl_jax import checkpoint, parallel
 from ssrl_jax.checkpoint import CheckpointError, Checkpoints, abstract
 from ssrl_jax.state import TrainState, state_digest
 
@@ -256,6 +257,46 @@ def test_checkpoint_that_cannot_be_read_for_a_while_is_waited_for(tmp_path, monk
   )
   assert int(checkpoints.restore(abstract(make_state(0))).step) == 3
   assert not (tmp_path / "damaged").exists()
+
+
+def test_folder_that_cannot_be_listed_cannot_be_read(tmp_path, monkeypatch):
+  assert checkpoint._unreadable(tmp_path) == ""
+  assert "No such file" in checkpoint._unreadable(tmp_path / "gone")
+  error = PermissionError(errno.EACCES, "Permission denied")
+  monkeypatch.setattr(os, "scandir", lambda *args: (_ for _ in ()).throw(error))
+  assert "Permission denied" in checkpoint._unreadable(tmp_path)
+
+
+def test_room_is_looked_for_without_a_trace(tmp_path, monkeypatch):
+  checkpoints, state = saved(tmp_path, [1]), make_state(1)
+  before = sorted(checkpoints.folder.iterdir())
+  assert checkpoints._no_room(state) == ""
+  disk = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=10))
+  assert "0 MiB free" in checkpoints._no_room(state)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(total=0, free=0))  # a bucket
+  assert checkpoints._no_room(state) == ""
+
+  def full(path, data):
+    path.touch()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+  assert "No space left" in checkpoints._no_room(state)
+  assert sorted(checkpoints.folder.iterdir()) == before
+
+
+def test_waiting_together_is_a_sign_of_life(tmp_path, monkeypatch):
+  signs, faults = [], ["full", "full", ""]
+  checkpoints = Checkpoints(
+    tmp_path, keep=1, keep_best=0, retries=2, retry_seconds=0.01, moved=signs.append
+  )
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(parallel, "all_processes", lambda values: np.tile(values, 2))
+  assert checkpoints._wait_together(lambda: faults.pop(0)) == ""
+  assert len(signs) == 2
+  assert min(signs) >= 1  # minutes
+  assert checkpoints._wait_together(lambda: "full") == "full"
 
 
 def test_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):

@@ -145,41 +145,55 @@ def test_four_processes_of_twice_the_devices_go_on_with_the_same_losses(alone, s
         assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-FLAKY = ("--config.checkpoint.retry_seconds=0.01",)
+def with_bad_disk(fault, folder, *more):
+  """(exit status, complaints) of each of two processes."""
+  arguments = (*RUN, *QUIET, "--config.checkpoint.retry_seconds=0.01", f"--workdir={folder}", *more)
+  options = {"module": "tests.flaky_disk", "environment": {"FAULT": fault}}
+  return [(code, said) for code, _, said in finish(together(2, *arguments, **options))]
 
 
 @pytest.mark.slow
 def test_disk_that_fails_one_process_for_a_while_is_waited_for_by_all(alone, stopped, tmp_path):
-  """It cannot read the checkpoint to go on from, and then has no room for the last one."""
+  """It does not see the checkpoint, cannot read it, and then has no room for the last one."""
   folder = tmp_path / "run"
   shutil.copytree(stopped, folder)
-  arguments = (*RUN, *QUIET, *FLAKY, f"--workdir={folder}")
-  (code, _, said), (other_code, _, other_said) = finish(
-    together(2, *arguments, module="tests.flaky_disk")
-  )
-  assert (code, other_code) == (0, 0), said + other_said
-  assert said.count("process 1 has no access; all wait") == 4
-  assert other_said.count("Permission denied") == other_said.count("0 MiB free") == 2
+  (code, said), (other, complains) = with_bad_disk("listing reading room", folder)
+  assert (code, other) == (0, 0), said + complains
+  assert said.count("this process sees the steps [") == 2
+  assert said.count("process 1 cannot use it; all wait") == 4
+  assert complains.count("Permission denied") == complains.count("0 MiB free") == 2
   assert results(folder)[0] == results(alone)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("begun", "message"),
-  [(True, "cannot be read .*left as it is"), (False, "could not save a checkpoint at step 4: ")],
+  ("fault", "message"),
+  [
+    ("listing", "checkpoints is not the same for all processes"),
+    ("reading", "cannot be read .*left as it is"),
+    (
+      "room",
+      r"could not save a checkpoint at step \d: .*In .*checkpoints the one of step \d is safe",
+    ),
+  ],
 )
-def test_disk_that_fails_one_process_for_longer_ends_all(begun, message, stopped, tmp_path):
+def test_disk_that_fails_one_process_for_longer_ends_all(fault, message, stopped, tmp_path):
   folder = tmp_path / "run"
-  if begun:
-    shutil.copytree(stopped, folder)
-  arguments = (*RUN, *QUIET, *FLAKY, "--config.checkpoint.retries=1", f"--workdir={folder}",
-               "--config.evaluate.during.every_steps=0")  # fmt: skip
-  for code, _, said in finish(together(2, *arguments, module="tests.flaky_disk")):
-    assert code == 1
+  shutil.copytree(stopped, folder)
+  for code, said in with_bad_disk(fault, folder, "--config.checkpoint.retries=1"):
+    assert code == 1, said
     assert re.search(message, said), said
-  assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
-    p.name for p in (stopped / "checkpoints").iterdir() if begun
-  )
+  names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, stopped)]
+  assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_disk_that_fails_one_process_while_it_saves_asks_to_be_started_again(tmp_path):
+  (code, said), (other, complains) = with_bad_disk("saving", tmp_path)
+  assert other == processes.LOST, complains
+  assert "Permission denied" in complains
+  assert "exit status 75: start again" in complains
+  assert code in (processes.LOST, -signal.SIGABRT), said
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,13 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 def conv_general_dilated(
   x_BHWC: Array, kernel: Array, strides: Any, padding: Any, **options: Any
 ) -> Array:
-  """As `lax.conv_general_dilated`, for `nn.Conv`: [B, H, W, C] and a kernel [h, w, C, F]."""
+  """As `lax.conv_general_dilated`, for `nn.Conv`; on one device no forward-mode derivatives.
+
+  What is not plain (other forms than [B, H, W, C] and a kernel [h, w, C, F], padding by name,
+  groups, dilation) has JAX's own gradients everywhere.
+  """
   plain = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
-  dilated = any(max(options.get(f"{side}_dilation") or (1,)) > 1 for side in ("lhs", "rhs"))
-  if jax.device_count() > 1 or options.get("feature_group_count", 1) > 1 or dilated:
+  if jax.device_count() > 1 or not _is_usual(x_BHWC, kernel, padding, **options):
     return plain(x_BHWC, kernel)
 
   @jax.custom_vjp
@@ -50,6 +53,27 @@ def conv_general_dilated(
 
   convolve.defvjp(forward, backward)
   return convolve(x_BHWC, kernel)
+
+
+def _is_usual(
+  x: Array,
+  kernel: Array,
+  padding: Any,
+  *,
+  dimension_numbers: Any = None,
+  precision: Any = None,
+  feature_group_count: int = 1,
+  lhs_dilation: Any = None,
+  rhs_dilation: Any = None,
+  **others: Any,
+) -> bool:
+  del precision
+  if others or feature_group_count > 1 or isinstance(padding, str) or not x.size:
+    return False
+  if x.ndim != 4 or max(*(lhs_dilation or (1,)), *(rhs_dilation or (1,)), 1) > 1:
+    return False
+  nhwc = lax.conv_dimension_numbers(x.shape, kernel.shape, NHWC)
+  return lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers) == nhwc
 
 
 def largest_part(batch: int) -> int:

@@ -1,6 +1,7 @@
 """The gradients as a lone CPU makes them, against JAX's own."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,13 @@ def alone(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
+def pads(pad):
+  return pad if isinstance(pad, tuple) else ((pad, pad), (pad, pad))
+
+
 def arguments(kernel, stride, pad, *, batch=64, side=(9, 8), dtype=jnp.float32):
   x, k, weight = (jax.random.key(i) for i in range(3))
-  height, width = ((n + 2 * pad - kernel) // stride + 1 for n in side)
+  height, width = ((n + sum(p) - kernel) // stride + 1 for n, p in zip(side, pads(pad)))
   return (
     jax.random.normal(x, (batch, *side, 3), dtype),
     jax.random.normal(k, (kernel, kernel, 3, 4), dtype),
@@ -37,7 +42,7 @@ def gradients(stride, pad, x, kernel, weight):
 def compiled(stride, pad):
   def loss(x, kernel, weight):
     y = convolution.conv_general_dilated(
-      x, kernel, (stride, stride), ((pad, pad), (pad, pad)), lhs_dilation=(1, 1),
+      x, kernel, (stride, stride), pads(pad), lhs_dilation=(1, 1),
       rhs_dilation=(1, 1), dimension_numbers=convolution.NHWC, feature_group_count=1,
     )  # fmt: skip
     return jnp.sum(weight * y**2)
@@ -45,9 +50,10 @@ def compiled(stride, pad):
   return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-@pytest.mark.parametrize("batch", [64, 100])
+@pytest.mark.parametrize("batch", [1, 64, 100])
 @pytest.mark.parametrize(
-  ("kernel", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (8, 1, 0)]
+  ("kernel", "stride", "pad"),
+  [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (8, 1, 0), (2, 2, ((0, 1), (5, 3)))],
 )
 def test_gradients_are_those_of_the_whole_batch(kernel, stride, pad, batch, monkeypatch):
   values = arguments(kernel, stride, pad, batch=batch)
@@ -56,6 +62,43 @@ def test_gradients_are_those_of_the_whole_batch(kernel, stride, pad, batch, monk
   got = gradients(stride, pad, *values)
   for a, b in zip(got, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_gradients_in_a_loop_that_computes_again_are_the_same(monkeypatch):
+  x, kernel, weight = arguments(3, 2, 1)
+  want = gradients(2, 1, x, kernel, weight)[1]
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+  def add(total, part):
+    return total + jax.checkpoint(compiled(2, 1))(part[0], kernel, part[1])[1], None
+
+  halves = [v.reshape(2, 32, *v.shape[1:]) for v in (x, weight)]
+  with jax.default_device(CPU):
+    got, _ = jax.lax.scan(add, jnp.zeros_like(kernel), halves)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"padding": "SAME"}, {"feature_group_count": 3}, {"rhs_dilation": (2, 2)},
+    {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}, {"preferred_element_type": jnp.float32},
+  ],
+)  # fmt: skip
+def test_what_is_not_plain_has_the_gradients_of_jax(options, alone):
+  options = {"padding": ((1, 1), (1, 1)), "dimension_numbers": convolution.NHWC} | options
+  groups = options.get("feature_group_count", 1)
+  x = jax.random.normal(jax.random.key(0), (64, 6, 6, 6), jnp.bfloat16)
+  kernel = jax.random.normal(jax.random.key(1), (6, 6, 6 // groups, 6), jnp.bfloat16)
+
+  def loss(how, kernel):
+    return jnp.sum(how(x, kernel, window_strides=(1, 1), **options).astype(jnp.float32))
+
+  ours = lambda x, k, window_strides, padding, **more: (  # noqa: E731
+    convolution.conv_general_dilated(x, k, window_strides, padding, **more)
+  )
+  got, want = (jax.grad(partial(loss, how))(kernel) for how in (ours, jax.lax.conv_general_dilated))
+  assert (got == want).all()
 
 
 def test_parts_of_bfloat16_are_summed_in_float32(alone):
