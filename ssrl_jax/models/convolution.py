@@ -1,10 +1,11 @@
 """The gradients of a convolution as XLA's CPU compiler (jaxlib 0.10) is quick with.
 
 For the kernel's gradient it lays the pictures side by side as channels, and a whole batch of them
-does not fit the caches: parts of PART take 0.3 to 0.7 of the time. Within a loop, as gradients are
-accumulated in, it is slow (ten times and more) with whatever is not laid out as [B, H, W, C], which
-is what differentiation makes. So on one CPU both gradients are written out in that form, the
-kernel's by parts: benchmarks/convolution.py. TPUs, GPUs and several devices have JAX's own.
+does not fit the caches: with parts of PART both gradients take 0.4 to 0.9 of the time. Within a
+loop, as gradients are accumulated in, it is slow (6 to 50 times) with whatever is not laid out as
+[B, H, W, C], which is what differentiation makes. So on one CPU both gradients are written out in
+that form, the kernel's by parts: benchmarks/convolution.py. TPUs, GPUs and several devices have
+JAX's own.
 """
 
 from __future__ import annotations
