@@ -29,6 +29,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ssrl_jax import parallel, processes
 from ssrl_jax.state import TrainState, checksum_table
 
+PATIENCE = 60.0  # seconds between two tries: less than a watchdog's
+
 
 class CheckpointError(OSError):
   """A checkpoint could not be written, or none could be read."""
@@ -46,10 +48,10 @@ class Checkpoints:
     keep: how many of the newest to keep, >= 1.
     keep_best: how many of the highest `score` to keep beside them, >= 0.
     retries: how often in a row a failed save, or reading what cannot be read, is tried again.
-    retry_seconds: before the first of them; each waits twice as long as the one before.
+    retry_seconds: before the first of them; each waits twice as long as the one before, and
+      PATIENCE at most.
     read_only: nothing is written, moved or deleted (an evaluation of a running run).
-    moved: what to tell, while processes wait, within how many minutes to expect the next sign of
-      life.
+    moved: is called while processes wait to save: a sign of life.
   """
 
   def __init__(
@@ -61,7 +63,7 @@ class Checkpoints:
     retries: int = 5,
     retry_seconds: float = 1.0,
     read_only: bool = False,
-    moved: Callable[[float], None] = lambda minutes: None,
+    moved: Callable[[], object] = lambda: None,
   ):
     if keep < 1 or keep_best < 0:
       raise ValueError(f"checkpoint.keep {keep} must be >= 1, keep_best {keep_best} >= 0")
@@ -105,7 +107,7 @@ class Checkpoints:
       state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
     )
     is_new = step not in self._manager.all_steps()
-    if is_new and (reason := self._wait_together(lambda: self._no_room(state))):
+    if is_new and (reason := self._wait_together(lambda: self._no_room(state), self._moved)):
       raise CheckpointError(self._told(step, reason))
     with self._counted(step), _quiet():
       if not self.folder.is_dir():  # Orbax would make it: where a disk was mounted, for one
@@ -150,10 +152,16 @@ class Checkpoints:
         self._failures = 0
     return self._due is None or time.monotonic() >= self._due
 
-  def _wait_together(self, fault: Callable[[], str]) -> str:
+  def _pause(self, attempt: int) -> float:
+    return min(PATIENCE, self._retry_seconds * 2**attempt)
+
+  def _wait_together(
+    self, fault: Callable[[], str], moved: Callable[[], object] = lambda: None
+  ) -> str:
     """With several processes: waits, `retries` times, until none has a `fault` to name.
 
-    Returns, in all of them, the fault that is left; empty if there is none.
+    Returns, in all of them, the fault that is left; empty if there is none. Restoring is no time to
+    call `moved`, after which a step is due: what comes next is compiling.
     """
     if jax.process_count() == 1:
       return ""
@@ -165,15 +173,13 @@ class Checkpoints:
       reason = reason or f"process {failing[0]} cannot use it"
       if attempt == self._retries:
         return reason
-      seconds = self._retry_seconds * 2**attempt
+      seconds = self._pause(attempt)
       logging.warning("%s: %s; all wait, trying again in %g s", self.folder, reason, seconds)
-      self._moved(1 + seconds / 30)
+      moved()
       time.sleep(seconds)
 
   def _disagree(self) -> str:
     """Several processes: whether they see other checkpoints than each other; looks again."""
-    if jax.process_count() == 1:
-      return ""
     self._manager.reload()
     steps = self.steps()
     seen_P2 = parallel.all_processes(np.array([len(steps), sum(steps)], np.int64)).reshape(-1, 2)
@@ -210,7 +216,7 @@ class Checkpoints:
         raise processes.StartAgain(told) from error
       if self._failures > self._retries:
         raise CheckpointError(told) from error
-      seconds = self._retry_seconds * 2 ** (self._failures - 1)
+      seconds = self._pause(self._failures - 1)
       self._due = time.monotonic() + seconds
       logging.warning("%s; trying again in %g s", told, seconds)
 
@@ -295,7 +301,7 @@ class Checkpoints:
         wrong += not reason
         if wrong == tries:
           raise
-        time.sleep(self._retry_seconds * 2**attempt if reason else 0)
+        time.sleep(self._pause(attempt) if reason else 0)
 
   def _restore_step(self, step: int, abstract_state: TrainState) -> TrainState:
     item = ocp.args.Composite(

@@ -286,17 +286,25 @@ def test_room_is_looked_for_without_a_trace(tmp_path, monkeypatch):
   assert sorted(checkpoints.folder.iterdir()) == before
 
 
-def test_waiting_together_is_a_sign_of_life(tmp_path, monkeypatch):
-  signs, faults = [], ["full", "full", ""]
-  checkpoints = Checkpoints(
-    tmp_path, keep=1, keep_best=0, retries=2, retry_seconds=0.01, moved=signs.append
-  )
+def test_waiting_together_to_save_is_a_sign_of_life_and_to_restore_none(tmp_path, monkeypatch):
+  """A sign asks for a step in the usual time; after restoring, the step is compiled first."""
+  saved(tmp_path, [1]).close()
+  signs, pauses, faults = [], [], ["full"] * 8
+  options = {"keep": 1, "keep_best": 0, "retries": 8, "retry_seconds": 1.0}
+  checkpoints = Checkpoints(tmp_path, moved=lambda: signs.append("alive"), **options)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(parallel, "all_processes", lambda values: np.tile(values, 2))
-  assert checkpoints._wait_together(lambda: faults.pop(0)) == ""
-  assert len(signs) == 2
-  assert min(signs) >= 1  # minutes
-  assert checkpoints._wait_together(lambda: "full") == "full"
+  monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+  monkeypatch.setattr(checkpoints, "_no_room", lambda state: faults.pop() if faults else "")
+  monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *args, **options: None)
+  checkpoints.save(make_state(2), step=2, score=0.0)
+  assert len(signs) == 8
+  assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+  monkeypatch.setattr(checkpoint, "_unreadable", lambda folder, whole=True: "EIO")
+  with pytest.raises(CheckpointError, match="cannot be read"):
+    checkpoints.restore(abstract(make_state(0)))
+  assert len(signs) == 8
+  assert len(pauses) == 16
 
 
 def test_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
