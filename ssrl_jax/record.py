@@ -14,7 +14,6 @@ from ssrl_jax.data.damaged import DamagedList
 from ssrl_jax.data.pipeline import PADDING
 from ssrl_jax.data.sampling import position
 from ssrl_jax.experiment import Experiment
-from ssrl_jax.flops import peak_flops
 from ssrl_jax.guard import Guard
 from ssrl_jax.metrics import Writer
 from ssrl_jax.step import watched_tensors
@@ -30,7 +29,7 @@ class Record:
     damaged: the run's list of what cannot be read.
     damage: example -> why it cannot be read.
     seen: batch -> the whole batch that the step was given, on the host.
-    flops: of a step.
+    flops: of a step. peak: FLOP/s of all devices together.
     say: shows a line.
     moved: is called when a step was finished.
   """
@@ -45,10 +44,11 @@ class Record:
     damage: Callable[[int], Damage],
     seen: Callable[[HostBatch], HostBatch],
     flops: float,
+    peak: float,
     say: Callable[[str], None],
     moved: Callable[[], None],
   ):
-    config, mesh = experiment.config, experiment.mesh
+    config = experiment.config
     self._total, self._every = experiment.total_steps, config.log.every_steps
     self._batch_size = config.batch_size
     self._damaged, self._damage, self._seen = damaged, damage, seen
@@ -62,10 +62,7 @@ class Record:
       watched=watched_tensors(experiment),
       writes=writes,
     )
-    peak, _ = peak_flops(mesh.devices.flat[0])
-    self.watch = Stopwatch(
-      step=step, batch_size=config.batch_size, flops=flops, peak=peak * mesh.size
-    )
+    self.watch = Stopwatch(step=step, batch_size=config.batch_size, flops=flops, peak=peak)
     self.latest: dict[str, float] = {}  # figures of the last good step
 
   def settle(self, pending: Sequence[tuple[int, Any, HostBatch]]) -> None:

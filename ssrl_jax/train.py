@@ -130,6 +130,7 @@ def train(
     damage=steps.batches.damage,
     seen=steps.seen,
     flops=flops,
+    peak=peak * experiment.mesh.size,
     say=say,
     moved=moved,
   )

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ssrl_jax.method import Array, Features
-from ssrl_jax.models.convolution import conv_general_dilated
+from ssrl_jax.models.convolution import conv_general_dilated, max_pool
 
 # depth -> blocks per stage, bottleneck. 6, 8 and 10 are ours, for tests and CPU recipes.
 DEPTHS = {
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
     norm = partial(normalised, kind=self.norm, train=train, dtype=self.dtype)
     x_BHWC = nn.relu(norm(x_BHWC, name="stem_norm"))
     if large:
-      x_BHWC = nn.max_pool(x_BHWC, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+      x_BHWC = max_pool(x_BHWC)
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     maps = {}
     for stage, count in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""The gradients as a lone CPU makes them, against JAX's own."""
+"""Convolutions, pooling and their gradients as a lone CPU makes them, against JAX's own."""
 
 import re
 from functools import partial
@@ -35,6 +35,10 @@ def arguments(kernel, stride, pad, *, batch=64, side=(9, 8), dtype=jnp.float32):
 
 
 def gradients(stride, pad, x, kernel, weight):
+  return loss_and_gradients(stride, pad, x, kernel, weight)[1]
+
+
+def loss_and_gradients(stride, pad, x, kernel, weight):
   with jax.default_device(CPU):
     return compiled(stride, pad)(x, kernel, weight)
 
@@ -47,19 +51,24 @@ def compiled(stride, pad):
     )  # fmt: skip
     return jnp.sum(weight * y**2)
 
-  return jax.jit(jax.grad(loss, argnums=(0, 1)))
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("batch", [1, 64, 100])
 @pytest.mark.parametrize(
-  ("kernel", "stride", "pad"),
-  [(3, 1, 1), (3, 2, 1), (1, 2, 0), (7, 2, 3), (2, 3, 0), (8, 1, 0), (2, 2, ((0, 1), (5, 3)))],
-)
-def test_gradients_are_those_of_the_whole_batch(kernel, stride, pad, batch, monkeypatch):
-  values = arguments(kernel, stride, pad, batch=batch)
-  want = gradients(stride, pad, *values)
+  ("kernel", "stride", "pad", "side"),
+  [
+    (3, 1, 1, (9, 8)), (3, 2, 1, (9, 8)), (7, 2, 3, (9, 8)), (2, 3, 0, (9, 8)), (8, 1, 0, (9, 8)),
+    (1, 1, 0, (9, 8)), (1, 2, 0, (9, 8)), (2, 2, ((0, 1), (5, 3)), (9, 8)),
+    (3, 1, 1, (2, 2)), (3, 1, 1, (1, 2)), (3, 2, 1, (4, 3)), (3, 2, 1, (1, 1)),  # small maps
+    (7, 2, 3, (2, 2)), (1, 2, 0, (2, 2)),
+  ],
+)  # fmt: skip
+def test_value_and_gradients_are_jax_s(kernel, stride, pad, side, batch, monkeypatch):
+  values = arguments(kernel, stride, pad, batch=batch, side=side)
+  want = jax.tree.leaves(loss_and_gradients(stride, pad, *values))
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  got = gradients(stride, pad, *values)
+  got = jax.tree.leaves(loss_and_gradients(stride, pad, *values))
   for a, b in zip(got, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
@@ -70,7 +79,7 @@ def test_gradients_in_a_loop_that_computes_again_are_the_same(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
 
   def add(total, part):
-    return total + jax.checkpoint(compiled(2, 1))(part[0], kernel, part[1])[1], None
+    return total + jax.checkpoint(compiled(2, 1))(part[0], kernel, part[1])[1][1], None
 
   halves = [v.reshape(2, 32, *v.shape[1:]) for v in (x, weight)]
   with jax.default_device(CPU):
@@ -110,20 +119,79 @@ def test_parts_of_bfloat16_are_summed_in_float32(alone):
   np.testing.assert_allclose(many.astype(jnp.float32) / 300, one, rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_only_a_lone_cpu_is_given_the_form_that_its_compiler_is_quick_with(stride, monkeypatch):
-  values = arguments(3, stride, 1)
+@pytest.mark.parametrize(
+  ("kernel", "stride", "side"), [(3, 1, (9, 8)), (3, 2, (9, 8)), (7, 2, (9, 8)), (3, 1, (2, 2))]
+)
+def test_only_a_lone_cpu_is_given_the_form_that_its_compiler_is_quick_with(
+  kernel, stride, side, monkeypatch
+):
+  values = arguments(kernel, stride, kernel // 2, side=side)
+
+  def lowered(platform):
+    traced = compiled(stride, kernel // 2).trace(*values)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
   def forms(platform):
-    text = compiled(stride, 1).trace(*values).lower(lowering_platforms=(platform,)).as_text()
-    return set(re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text))
+    return set(re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", lowered(platform)))
 
   quick = {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
-  own = forms("cpu")
-  assert own > quick
+  own = {platform: lowered(platform) for platform in ("cpu", "tpu", "cuda")}
+  assert forms("cpu") > quick
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  assert forms("cpu") == quick
-  assert forms("tpu") == forms("cuda") == own
+  assert forms("cpu") == (set() if side == (2, 2) else quick)
+  for platform in ("tpu", "cuda"):
+    for operation in ("convolution", "dot_general", "pad"):
+      count = lowered(platform).count(f"stablehlo.{operation}")
+      assert count == own[platform].count(f"stablehlo.{operation}"), (platform, operation)
+
+
+@pytest.mark.parametrize("side", [(8, 8), (9, 7), (1, 2), (1, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pooling_and_its_gradient_are_jax_s(side, dtype, monkeypatch):
+  """In float32 all values are different, so there is one largest."""
+  count = 4 * side[0] * side[1] * 3
+  x = np.random.default_rng(0).permutation(count).reshape(4, *side, 3) - count / 2
+  x = jnp.asarray(x, dtype)  # bfloat16 has equals beyond 256
+  x = x if dtype == jnp.float32 else x % 128
+  weight = jax.random.normal(jax.random.key(0), (4, -(-side[0] // 2), -(-side[1] // 2), 3), dtype)
+
+  def of_both(x):
+    y, pull = jax.vjp(convolution.max_pool, x)
+    return y, pull(weight)[0]
+
+  want = jax.jit(of_both)(x)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  got = jax.jit(of_both)(x)
+  np.testing.assert_array_equal(got[0], want[0])
+  assert got[1].dtype == dtype
+  if dtype == jnp.float32:
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-6)
+  else:  # of equals another may be chosen; nothing is lost
+    total = [np.sum(np.asarray(d, np.float32)) for d in (got[1], want[1])]
+    np.testing.assert_allclose(*total, atol=0.1)
+
+
+def test_pooling_gives_the_gradient_to_the_first_of_equals_and_passes_nan_on(alone):
+  x = jnp.zeros((1, 4, 4, 1))
+  gradient = jax.grad(lambda x: jnp.sum(convolution.max_pool(x)))(x)[0, :, :, 0]
+  # Windows begin at rows and columns -1 and 1; what is outside the picture is never largest.
+  np.testing.assert_array_equal(gradient, [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4])
+  for place in ((1, 1), (3, 2)):
+    y = convolution.max_pool(x.at[0, *place, 0].set(jnp.nan))
+    assert np.isnan(y[0, -1, -1, 0]), place
+
+
+def test_pooling_of_other_devices_is_jax_s(monkeypatch):
+  x = jnp.ones((2, 8, 8, 3))
+  lower = lambda platform: (  # noqa: E731
+    jax.jit(jax.grad(lambda x: jnp.sum(convolution.max_pool(x) ** 2)))
+    .trace(x).lower(lowering_platforms=(platform,)).as_text()
+  )  # fmt: skip
+  assert "select_and_scatter" in lower("cpu")  # eight of them
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert "select_and_scatter" not in lower("cpu")
+  assert "select_and_scatter" in lower("tpu")
+  assert "select_and_scatter" in lower("cuda")
 
 
 @pytest.mark.parametrize(
@@ -133,8 +201,9 @@ def test_parts_are_equal_and_neither_large_nor_tiny(batch, part):
   assert convolution.largest_part(batch) == part
 
 
-def test_encoder_has_the_same_gradient(monkeypatch):
-  encoder = make_resnet(depth=6, width=4, stem="cifar", zero_init=False)
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_encoder_has_the_same_gradient(stem, monkeypatch):
+  encoder = make_resnet(depth=6, width=4, stem=stem, zero_init=False)
   images = jax.random.normal(jax.random.key(0), (64, 16, 16, 3))
   variables = encoder.init(jax.random.key(1), images, train=True)
 
