@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -397,6 +398,8 @@ def cli(argv: list[str]) -> int:
     if v.plan:
       plan(table, workdirs, say=print_line)
       return 0
+    # What one command compiles, others load: seeds of a row, evaluations of an encoder.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdirs[0] / "compiled").resolve()))
     failed = [] if v.report else make(table, workdirs, data=v.data, part=parse_part(v.rows))
     command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
     record = measured(table, workdirs)

@@ -41,6 +41,34 @@ def closest_pairs(x_BnC: Array, y_BmC: Array, *, num: int) -> tuple[Array, Array
   return place_Bk, jnp.take_along_axis(nearest_Bn, place_Bk, axis=1)
 
 
+def seen_from(map_BhwP: Array, box_B4: Array, *, at_box_B4: Array) -> tuple[Array, Array]:
+  """What a view shows at the places of another view, whose map has the same grid.
+
+  Bilinear between the centres of places; between the outermost ones and the edge these are
+  repeated. Boxes are upright, so rows and columns are weighed apart: two products, no gather.
+
+  Args:
+    map_BhwP: of the view that is read.
+    box_B4, at_box_B4: of it and of the other view, as `positions` takes them.
+
+  Returns:
+    float32 [B, h, w, P], and bool [B, h, w]: whether the place lies within the view that is read.
+  """
+  weights, inside = [], []
+  for axis, n in enumerate(map_BhwP.shape[1:3]):
+    start_B1, end_B1 = box_B4[:, axis, None], box_B4[:, axis + 2, None]
+    at_start_B1, at_end_B1 = at_box_B4[:, axis, None], at_box_B4[:, axis + 2, None]
+    at_Bn = at_start_B1 + (at_end_B1 - at_start_B1) * ((jnp.arange(n) + 0.5) / n)[None]
+    share_Bn = (at_Bn - start_B1) / (end_B1 - start_B1)  # 0 to 1 within the view that is read
+    place_Bn1 = jnp.clip(share_Bn * n - 0.5, 0, n - 1)[:, :, None]
+    weights.append(jax.nn.relu(1 - jnp.abs(place_Bn1 - jnp.arange(n)[None, None])))
+    inside.append((share_Bn >= 0) & (share_Bn <= 1))
+  rows_Bih, columns_Bjw = weights
+  exact = jax.lax.Precision.HIGHEST  # as in pixels.resample
+  shown_BijP = jnp.einsum("Bih,BhwP,Bjw->BijP", rows_Bih, map_BhwP, columns_Bjw, precision=exact)
+  return shown_BijP, inside[0][:, :, None] & inside[1][:, None, :]
+
+
 def positions(box_B4: Array, grid: tuple[int, int]) -> Array:
   """float32 [B, n, 2]: where the centre of each place of a view's map lies in the picture.
 

@@ -3,11 +3,13 @@
 After Zhang 2026 (ISTAER2616). Only its abstract is public (multi-view consistency, cross-scale
 feature fusion, no negative samples, a constraint on the distribution of the features), so the
 concrete form is ours. One objective, view consistency plus distribution constraint, is put on the
-embedding of the fused vector and, with a smaller weight, on one embedding of each scale. Each part
-is a switch, and ablations are overrides:
+embedding of the fused vector, with a smaller weight on one embedding of each scale, and on the
+embeddings of the places of a fused map, which meet what the other view shows of the same spot. Each
+part is a switch, and ablations are overrides:
 
   cross-scale fusion       encoder.fusion.enabled
   supervision per scale    scale_weight
+  supervision per place    place_weight
   multi-view consistency   consistency_weight, global_views.count, local_views.count
   distribution constraint  constraint, constraint_weight
   target branch            target: "views", the mean embedding of the image's global views, or
@@ -20,11 +22,14 @@ docs/methods.md, "How fusion got its form".
 
 from __future__ import annotations
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ssrl_jax.losses.consistency import cosine_distance
+from ssrl_jax.losses.dense import seen_from
 from ssrl_jax.losses.distribution import coding_rate, sigreg, variance_covariance
 from ssrl_jax.method import (
   Array,
@@ -49,10 +54,11 @@ TARGETS = ("views", "momentum")
 
 
 class Network(nn.Module):
-  """images [N, h, w, 3] -> pooled [N, D], embeddings z [N, E, P], predictions q [N, E, P].
+  """images [N, h, w, 3] -> pooled [N, D], embeddings z [N, E, P], predictions q [N, E, P], places.
 
   Embedding 0 is that of the fused vector (of the pooled one, for an encoder without fusion), the
-  others are those of the scales, finest first; E = 1 + S.
+  others are those of the scales, finest first; E = 1 + S. Places [N, h, w, P] are embeddings of the
+  finest map that has at most `place_grid` rows and columns, or None where that is 0.
   """
 
   encoder: nn.Module
@@ -60,6 +66,7 @@ class Network(nn.Module):
   out_dim: int
   num_layers: int
   use_scales: bool
+  place_grid: int
   predict: bool
 
   @nn.compact
@@ -77,7 +84,13 @@ class Network(nn.Module):
       axis=1,
     )
     q_NEP = MLP(name="predictor", **head)(z_NEP, train) if self.predict else z_NEP
-    return features.pooled, z_NEP, q_NEP
+    places_NhwP = None
+    if self.place_grid:
+      maps = sorted(features.maps.values(), key=lambda x: -x.size / x.shape[-1])
+      small = [x for x in maps if max(x.shape[1:3]) <= self.place_grid]
+      project = MLP(layers=self.num_layers, name="projector_places", **head)
+      places_NhwP = project((small or maps[-1:])[0], train)
+    return features.pooled, z_NEP, q_NEP, places_NhwP
 
 
 def make(
@@ -92,6 +105,8 @@ def make(
   constraint_weight: float = 1.0,
   eps: float = 0.2,
   scale_weight: float = 0.5,
+  place_weight: float = 1.0,
+  place_grid: int = 8,
   hidden_dim: int = 128,
   out_dim: int = 64,
   num_layers: int = 2,
@@ -107,6 +122,8 @@ def make(
     consistency_weight, constraint_weight: of the objective's two terms.
     constraint: "coding_rate" (with distortion `eps`), "variance_covariance", "sigreg" or "none".
     scale_weight: of each scale's objective; 0 = none.
+    place_weight: of the places' objective; 0 = none. place_grid: rows and columns that their map
+      has at most; of the maps the finest such one, or the coarsest of all.
     hidden_dim, out_dim, num_layers: of the projectors; the predictor has 2 layers.
   """
   if constraint not in CONSTRAINTS or target not in TARGETS:
@@ -116,7 +133,10 @@ def make(
     )
   global_views(views, method="fusion", at_least=2)
   momentum = target == "momentum"
-  network = Network(encoder, hidden_dim, out_dim, num_layers, scale_weight > 0, momentum)
+  network = Network(
+    encoder, hidden_dim, out_dim, num_layers, scale_weight > 0, place_grid * (place_weight > 0),
+    momentum,
+  )  # fmt: skip
 
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
@@ -128,24 +148,26 @@ def make(
   def loss(params, method_state, views, key, step):
     del step
     keys = jax.random.split(key, 4)
-    (h_BVD, z_BVEP, q_BVEP), stats = forward(
+    (h_BVD, z_BVEP, q_BVEP, places_BVhwP), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     target_state = {}
     if momentum:
       old = method_state["target"]
-      (_, t_BVEP, _), target_stats = forward(
+      (_, t_BVEP, _, seen_BVhwP), target_stats = forward(
         network, old["params"], old["batch_stats"], views["global"], keys[1]
       )
       t_BVEP = jax.lax.stop_gradient(normalise(t_BVEP))
       centre_BVEP = mean_of_others(t_BVEP)
+      seen_BVhwP = jax.lax.stop_gradient(seen_BVhwP)
       target_state = {"target": old | {"batch_stats": target_stats}}
     else:
+      seen_BVhwP = places_BVhwP
       t_BVEP = normalise(z_BVEP)
       centre_BVEP = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), t_BVEP.shape)
     all_z, distances = z_BVEP, cosine_distance(q_BVEP, centre_BVEP)
     if "local" in views:
-      (_, z, q), stats = forward(network, params, stats, views["local"], keys[2])
+      (_, z, q, _), stats = forward(network, params, stats, views["local"], keys[2])
       centre = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), q.shape)
       all_z = jnp.concatenate([all_z, z], axis=1)
       distances = jnp.concatenate([distances, cosine_distance(q, centre)], axis=1)
@@ -153,10 +175,17 @@ def make(
     consistency_E = jnp.mean(distances, axis=(0, 1))
     constraint_E = constrain(all_z, constraint, eps, keys[3])
     objective_E = consistency_weight * consistency_E + constraint_weight * constraint_E
+    value = objective_E[0] + scale_weight * jnp.sum(objective_E[1:])
     metrics = {"consistency": consistency_E[0], "constraint": constraint_E[0]}
     if consistency_E.size > 1:
       metrics["scale_consistency"] = jnp.mean(consistency_E[1:])
       metrics["scale_constraint"] = jnp.mean(constraint_E[1:])
+    if place_weight:
+      consistency = place_consistency(places_BVhwP, seen_BVhwP, views["global_box"])
+      places_NVEP = jnp.moveaxis(places_BVhwP, 1, 3).reshape(-1, *z_BVEP[:, :, :1].shape[1:])
+      (spread,) = constrain(places_NVEP, constraint, eps, keys[3])
+      metrics |= {"place_consistency": consistency, "place_constraint": spread}
+      value += place_weight * (consistency_weight * consistency + constraint_weight * spread)
     aux = Aux(
       method_state={"batch_stats": stats, **target_state},
       metrics=metrics,
@@ -164,7 +193,7 @@ def make(
       embeddings=jax.lax.stop_gradient(z_BVEP[:, 0, 0]),
       targets=jax.lax.stop_gradient(t_BVEP[:, 1, 0]),
     )
-    return objective_E[0] + scale_weight * jnp.sum(objective_E[1:]), aux
+    return value, aux
 
   def after_update(params, method_state, step):
     if not momentum:
@@ -178,6 +207,21 @@ def mean_of_others(x_BVEP: Array) -> Array:
   """For each view the mean over the image's other views."""
   v = x_BVEP.shape[1]
   return (jnp.sum(x_BVEP, axis=1, keepdims=True) - x_BVEP) / (v - 1)
+
+
+def place_consistency(places_BVhwP: Array, seen_BVhwP: Array, box_BV4: Array) -> Array:
+  """Mean cosine distance of each place to what another view shows there, over those it shows.
+
+  Of all pairs of views, in both directions; 0 for a pair of which no two overlap. A scalar.
+  """
+  distances = []
+  for v, w in itertools.permutations(range(places_BVhwP.shape[1]), 2):
+    other_BhwP, shown_Bhw = seen_from(
+      normalise(seen_BVhwP[:, w]), box_BV4[:, w], at_box_B4=box_BV4[:, v]
+    )
+    distance_Bhw = cosine_distance(places_BVhwP[:, v], other_BhwP)
+    distances.append(jnp.sum(distance_Bhw * shown_Bhw) / jnp.maximum(jnp.sum(shown_Bhw), 1))
+  return sum(distances) / len(distances)
 
 
 def vicreg(z_BP: Array) -> Array:

@@ -128,3 +128,30 @@ def test_positions_of_disjoint_views_pair_their_neighbouring_edges():
   at, other = (dense.positions(box, (1, 2)) for box in (left, right))
   i, j = closest_pairs(at, other, num=1)
   assert (int(i[0, 0]), int(j[0, 0])) == (1, 0)
+
+
+def test_seen_from_reads_a_view_where_another_one_lies():
+  """A map that holds the position of each place is linear, so bilinear reading is exact."""
+  box = jnp.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.8, 1.0, 0.1], [0.2, 0.2, 0.6, 0.6]])
+  at_box = jnp.array([[0.2, 0.7, 0.6, 0.3], [0.3, 0.2, 0.8, 0.6], [0.5, 0.1, 0.9, 0.5]])
+  grid = (8, 6)
+  at, wanted = (dense.positions(b, grid).reshape(3, *grid, 2) for b in (box, at_box))
+  shown, inside = jax.jit(lambda a, b, c: dense.seen_from(a, b, at_box_B4=c))(at, box, at_box)
+  low, high = jnp.minimum(box[:, :2], box[:, 2:]), jnp.maximum(box[:, :2], box[:, 2:])
+  expected = ((wanted >= low[:, None, None]) & (wanted <= high[:, None, None])).all(-1)
+  np.testing.assert_array_equal(inside, expected)
+  assert inside[0].all()
+  assert inside[1].all()
+  assert 0 < inside[2].mean() < 1
+  np.testing.assert_allclose(shown[:2], wanted[:2], atol=1e-6)
+  # Beyond the centre of an outermost place that one is repeated.
+  clipped = np.clip(wanted[2], at[2, 0, 0], at[2, -1, -1])
+  np.testing.assert_allclose(shown[2], clipped, atol=1e-6)
+
+
+def test_seen_from_the_view_itself_is_its_map():
+  x, _ = maps(b=2, n=6)
+  box = jnp.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.8, 1.0, 0.1]])
+  shown, inside = dense.seen_from(x.reshape(2, 2, 3, 4), box, at_box_B4=box)
+  assert inside.all()
+  np.testing.assert_allclose(shown, x.reshape(2, 2, 3, 4), atol=2e-6)

@@ -49,7 +49,12 @@ CASES = {name: (name, {}) for name in METHODS} | {
   ),
   "fusion views sigreg plain-encoder local": (
     "fusion",
-    {"method.constraint": "sigreg", "encoder.fusion.enabled": False, **LOCAL},
+    {
+      "method.constraint": "sigreg",
+      "method.place_weight": 0.0,
+      "encoder.fusion.enabled": False,
+      **LOCAL,
+    },
   ),
   "fusion momentum none local": (
     "fusion",

@@ -707,6 +707,89 @@ def test_fusion_pieces():
   np.testing.assert_allclose(value, [expected], rtol=1e-5)
 
 
+def bilinear64(grid_hwP, row, column):
+  """The value between the centres of places; the outermost ones reach to the edge and beyond."""
+  h, w, _ = grid_hwP.shape
+  row, column = np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)
+  value = 0
+  for i in range(h):
+    for j in range(w):
+      value = value + max(0, 1 - abs(row - i)) * max(0, 1 - abs(column - j)) * grid_hwP[i, j]
+  return value
+
+
+def coding_rate64(z_NP, eps):
+  z = np.stack([unit(row) for row in z_NP])
+  n, p = z.shape
+  return -np.linalg.slogdet(np.eye(p) + p / (n * eps**2) * z.T @ z)[1] / (2 * p)
+
+
+def test_fusion_compares_views_with_their_mean_and_places_with_what_the_other_view_shows_there(
+  monkeypatch,
+):
+  rng, (h, w) = np.random.default_rng(0), (2, 3)
+  z = rng.normal(size=(B, 1, h, w, P)) + 0.5 * rng.normal(size=(B, 2, h, w, P))
+  z = z.astype(np.float32)
+  box = np.sort(rng.uniform(size=(B, 2, 2, 2)), axis=2).reshape(B, 2, 4)  # top, left, bottom, right
+  box[0, 0], box[0, 1] = (0, 0, 0.3, 0.3), (0.5, 0.5, 1, 1)  # which do not overlap
+  box[::2, 1] = box[::2, 1][:, [0, 3, 2, 1]]  # mirrored
+  box = box.astype(np.float32)
+
+  def places(z):
+    """[pairs] (distance, of the place of view v to what view w shows there)."""
+    means = []
+    for v, u in ((0, 1), (1, 0)):
+      distances = []
+      for b in range(B):
+        units = np.stack([[unit(x) for x in row] for row in z[b, u]])
+        (t, l, o, r), (top, left, bottom, right) = box[b, v].astype(float), box[b, u].astype(float)
+        for i in range(h):
+          for j in range(w):
+            y = (t + (o - t) * (i + 0.5) / h - top) / (bottom - top)
+            x = (l + (r - l) * (j + 0.5) / w - left) / (right - left)
+            if 0 <= y <= 1 and 0 <= x <= 1:
+              shown = bilinear64(units, y * h - 0.5, x * w - 0.5)
+              distances.append(cosine_distance64(z[b, v, i, j], shown))
+      means.append(np.mean(distances))
+    return np.mean(means)
+
+  def reference(z):
+    whole = z[:, :, 0, 0]
+    centre = [(unit(whole[b, 0]) + unit(whole[b, 1])) / 2 for b in range(B)]
+    near = np.mean([cosine_distance64(whole[b, v], centre[b]) for b in range(B) for v in range(2)])
+    spread = np.mean([coding_rate64(whole[:, v], 0.3) for v in range(2)])
+    spread_of_places = np.mean([coding_rate64(z[:, v].reshape(-1, P), 0.3) for v in range(2)])
+    return 1.5 * near + spread + 0.7 * (1.5 * places(z) + spread_of_places)
+
+  options = {"consistency_weight": 1.5, "eps": 0.3, "place_weight": 0.7}
+  method = make(monkeypatch, fusion, **options)
+
+  def loss(z):
+    given = {"global": z, "global_box": box}
+    return method.loss({"encoder": {}}, {"batch_stats": {}}, given, jax.random.key(0), 0)[0]
+
+  value, gradient = jax.jit(jax.value_and_grad(loss))(z)
+  np.testing.assert_allclose(value, reference(z.astype(np.float64)), rtol=1e-5)
+  np.testing.assert_allclose(gradient, differences(reference, z), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("grid", "chosen"), [(8, (8, 8)), (7, (4, 4)), (15, (8, 8)), (16, (16, 16)), (1, (2, 2))]
+)
+def test_fusion_takes_the_finest_map_that_is_not_too_large(grid, chosen):
+  class Encoder(nn.Module):
+    def __call__(self, images, train):
+      maps = {32 // n: jnp.zeros((len(images), n, n, 3)) for n in (16, 8, 4, 2)}
+      return Features(images[:, 0, 0], maps)
+
+  network = fusion.Network(Encoder(), 4, P, 2, False, grid, False)
+  shape = jax.ShapeDtypeStruct((B, 32, 32, 3), jnp.float32)
+  (*_, places), _ = jax.eval_shape(
+    lambda x: network.init_with_output(jax.random.key(0), x, True), shape
+  )
+  assert places.shape == (B, *chosen, P)
+
+
 def test_nearest_is_the_row_of_largest_cosine():
   rng = np.random.default_rng(0)
   z, queue = (normalise(jnp.asarray(rng.normal(size=(n, 3)), jnp.float32)) for n in (5, 9))
