@@ -112,10 +112,9 @@ def measure_pooling(batch: int, repeats: int) -> dict[str, Any]:
   )
   forward = lambda how: jax.jit(lambda x, dy: how(x))  # noqa: E731
   gradient = lambda how: jax.jit(lambda x, dy: jax.vjp(how, x)[1](dy))  # noqa: E731
-  ways = {
-    "forward, JAX's": forward(plain), "forward, ours": forward(convolution.max_pool),
-    "gradients, JAX's": gradient(plain), f"gradients, parts of {PART}": gradient(convolution.max_pool),
-  }  # fmt: skip
+  ours = convolution.max_pool
+  ways = {"forward, JAX's": forward(plain), "forward, ours": forward(ours)}
+  ways |= {"gradients, JAX's": gradient(plain), f"gradients, parts of {PART}": gradient(ours)}
   about = {"what": "max pooling", "side": side, "channels": channels, "features": channels}
   return about | {"batch": batch} | time_in_turn(ways, values, repeats)
 
