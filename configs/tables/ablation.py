@@ -19,6 +19,7 @@ def get_table(budget: str) -> Table:
   parts = {
     "without fusion": {"encoder.fusion.enabled": False},
     "without supervision of each scale": {"method.scale_weight": 0.0},
+    "without supervision of each place": {"method.place_weight": 0.0},
     "without constraint": {"method.constraint": "none"},
     "without consistency": {"method.consistency_weight": 0.0},
     "moving-average branch instead of the views' mean": {"method.target": "momentum"},
