@@ -86,10 +86,10 @@ class Network(nn.Module):
     q_NEP = MLP(name="predictor", **head)(z_NEP, train) if self.predict else z_NEP
     places_NhwP = None
     if self.place_grid:
-      maps = sorted(features.maps.values(), key=lambda x: -x.size / x.shape[-1])
+      maps = [features.maps[stride] for stride in sorted(features.maps)]
       small = [x for x in maps if max(x.shape[1:3]) <= self.place_grid]
       project = MLP(layers=self.num_layers, name="projector_places", **head)
-      places_NhwP = project((small or maps[-1:])[0], train)
+      places_NhwP = project(small[0] if small else maps[-1], train)
     return features.pooled, z_NEP, q_NEP, places_NhwP
 
 
@@ -131,6 +131,8 @@ def make(
       f"fusion: constraint {constraint!r} must be one of {CONSTRAINTS}, target {target!r} one of "
       f"{TARGETS}"
     )
+  if place_grid < 1:
+    raise ValueError(f"fusion: place_grid is {place_grid}; expected at least 1, e.g. 8")
   global_views(views, method="fusion", at_least=2)
   momentum = target == "momentum"
   network = Network(

@@ -85,6 +85,7 @@ def test_option_of_another_method_is_refused_with_the_nearest():
     ("dino", {"method.centring": "center"}, "centring 'center'; expected one of"),
     ("simclr", {"method.temperature": 0.0}, "temperature is 0.0; it must be positive"),
     ("byol", {"method.tau": 1.5}, "tau is 1.5; it must be above 0 and below 1"),
+    ("fusion", {"method.place_grid": 0}, "place_grid is 0; expected at least 1"),
     ("vicregl", {"method.num_matches": 0}, "num_matches is 0; expected at least 1"),
     ("hybrid", {"method.terms": ("simclr",), "method.weights": (1.0,)}, "two or more different"),
     ("hybrid", {"method.terms": ("simclr", "vicrg")}, "did you mean 'vicreg'"),
