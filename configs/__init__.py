@@ -13,7 +13,11 @@ VIT = {
   "optim.weight_decay": 0.05,
 }
 SMALL = {
-  "fusion": {"encoder.fusion.enabled": True, "encoder.fusion.coarsen": 1},
+  "fusion": {
+    "encoder.fusion.enabled": True,
+    "encoder.fusion.coarsen": 1,
+    "method.place_weight": 1.0,
+  },
   "finegrained": {
     **HEADS,
     "encoder.attention.enabled": True,

@@ -40,6 +40,7 @@ QUEUE = {"method.queue_size": 32768, "method.tau": 0.99, "optim.learning_rate": 
 METHODS = {
   "fusion": {
     "encoder.fusion.enabled": True,
+    "method.place_weight": 1.0,
     "method.hidden_dim": 2048,
     "method.out_dim": 256,
     "optim.learning_rate": 0.3,

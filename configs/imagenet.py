@@ -61,6 +61,7 @@ METHODS = {
   "fusion": {
     "encoder.fusion.enabled": True,
     "encoder.fusion.width": 256,
+    "method.place_weight": 1.0,
     "method.hidden_dim": 4096,
     "method.out_dim": 256,
   },

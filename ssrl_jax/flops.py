@@ -53,8 +53,9 @@ def _count(jaxpr: Any) -> float:
       total += eqn.params["length"] * _count(eqn.params["jaxpr"].jaxpr)
     elif name == "cond":
       counts = [_count(branch.jaxpr) for branch in eqn.params["branches"]]
-      # Forms of one thing for several platforms: the last is the thing as the model asks for it.
-      total += counts[-1] if eqn.params.get("branches_platforms") else max(counts)
+      # Forms of one thing for several platforms: the default is as the model asks for it.
+      platforms = eqn.params.get("branches_platforms") or ("all",)
+      total += counts[-1] if platforms[-1] is None else max(counts)
     else:
       for value in eqn.params.values():
         for sub in value if isinstance(value, (tuple, list)) else (value,):

@@ -112,7 +112,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def load_config(folder: Path) -> ConfigDict:
   """The config of a run, with the defaults of knobs that are newer than the run."""
-  saved = read_config(folder)
+  return with_newer_knobs(read_config(folder))
+
+
+def with_newer_knobs(saved: dict[str, Any]) -> ConfigDict:
+  """A saved config; knobs that it lacks have their default, which is how runs were without them."""
   config = base_config(saved["method"]["name"])
   config.update(ConfigDict(saved))
   return config

@@ -28,7 +28,7 @@ from ssrl_jax.evaluate.suite import TITLES, select
 from ssrl_jax.files import write_json
 from ssrl_jax.flops import measured_matmul_flops
 from ssrl_jax.options import nearest
-from ssrl_jax.run_folder import wait_until_free
+from ssrl_jax.run_folder import load_config, wait_until_free
 from ssrl_jax.table_text import write_table
 
 DATA = "{data}"  # in a value of a table: the folder of the data sets, wherever that is
@@ -211,7 +211,7 @@ def judged_file(folder: Path, key: str, judge: Judge) -> Path:
 def refuse_outdated(table: Table, workdirs: Sequence[Path]) -> None:
   """Refuses runs of a recipe that was changed since: their figures are not the table's.
 
-  Where the pictures lie may differ, and so may knobs that did not exist then.
+  Where the pictures lie may differ. A knob that did not exist then has its default.
 
   Raises:
     ValueError: names the runs and what was changed.
@@ -219,7 +219,7 @@ def refuse_outdated(table: Table, workdirs: Sequence[Path]) -> None:
   for run in runs_of(table):
     path = run.folder(workdirs) / "config.json"
     if path.exists():
-      old, new = flatten(ConfigDict(json.loads(path.read_text()))), flatten(resolve(run.training))
+      old, new = flatten(load_config(path.parent)), flatten(resolve(run.training))
       both = {k: (old[k], new[k]) for k in old.keys() & new.keys() if not k.startswith(NO_MATTER)}
       changed = [
         f"{k} {a} -> {b}" for k, (a, b) in sorted(both.items()) if a != b and DATA not in str(b)
@@ -311,7 +311,8 @@ def run_figures(folder: Path) -> dict[str, float]:
   """Of the run itself: cost, and whether it diverged.
 
   minutes: wall clock of the process that finished it. cpu_minutes: its processor time over all
-  threads. images_per_second: median over the log. diverged: 1 where the loss was not finite.
+  threads; less where an earlier run of the folder had compiled the same program.
+  images_per_second: median over the log. diverged: 1 where the loss was not finite.
   """
   if diverged(folder):
     return {"diverged": 1.0}

@@ -318,6 +318,20 @@ def test_runs_of_a_recipe_that_was_changed_since_are_refused(tmp_path, capsys):
   )
 
 
+def test_runs_that_are_older_than_a_knob_that_the_recipe_turns_are_refused(tmp_path, capsys):
+  (tmp_path / "real.py").write_text(REAL.replace(":simclr", ":fusion"))
+  argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path}", "--report"]
+  _, table = tables.load_table(argv[1].removeprefix("--table="))
+  (run, *_) = tables.runs_of(table)
+  config = tables.resolve(run.training)
+  del config.method.place_weight, config.method.place_grid
+  path = run.folder([tmp_path]) / "config.json"
+  path.parent.mkdir(parents=True)
+  path.write_text(config.to_json())
+  assert tables.cli(argv) == 1
+  assert "recipe (method.place_weight 0.0 -> 1.0): move it away" in capsys.readouterr().err
+
+
 def test_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):
   run = tables.runs_of(TABLE)[0]
   folder, lock, lines = run.folder([tmp_path]), contextlib.ExitStack(), []

@@ -58,7 +58,8 @@ class Network(nn.Module):
 
   Embedding 0 is that of the fused vector (of the pooled one, for an encoder without fusion), the
   others are those of the scales, finest first; E = 1 + S. Places [N, h, w, P] are embeddings of the
-  finest map that has at most `place_grid` rows and columns, or None where that is 0.
+  finest map that has at most `place_grid` rows and columns, or of the coarsest of all; None where
+  that is 0, or with `places` False.
   """
 
   encoder: nn.Module
@@ -70,7 +71,7 @@ class Network(nn.Module):
   predict: bool
 
   @nn.compact
-  def __call__(self, images: Array, train: bool):
+  def __call__(self, images: Array, train: bool, places: bool = True):
     features = self.encoder(images, train)
     sources = {"fused": features.pooled if features.fused is None else features.fused}
     if self.use_scales and features.scales is not None:
@@ -85,7 +86,7 @@ class Network(nn.Module):
     )
     q_NEP = MLP(name="predictor", **head)(z_NEP, train) if self.predict else z_NEP
     places_NhwP = None
-    if self.place_grid:
+    if self.place_grid and places:
       maps = [features.maps[stride] for stride in sorted(features.maps)]
       small = [x for x in maps if max(x.shape[1:3]) <= self.place_grid]
       project = MLP(layers=self.num_layers, name="projector_places", **head)
@@ -105,7 +106,7 @@ def make(
   constraint_weight: float = 1.0,
   eps: float = 0.2,
   scale_weight: float = 0.5,
-  place_weight: float = 1.0,
+  place_weight: float = 0.0,
   place_grid: int = 8,
   hidden_dim: int = 128,
   out_dim: int = 64,
@@ -122,8 +123,10 @@ def make(
     consistency_weight, constraint_weight: of the objective's two terms.
     constraint: "coding_rate" (with distortion `eps`), "variance_covariance", "sigreg" or "none".
     scale_weight: of each scale's objective; 0 = none.
-    place_weight: of the places' objective; 0 = none. place_grid: rows and columns that their map
-      has at most; of the maps the finest such one, or the coarsest of all.
+    place_weight: of the objective of the places of global views; 0 = none, 1 in our recipes. They
+      meet their target, also a moving average's, without a predictor. Not with "sigreg", whose
+      statistic grows with the number of its rows.
+    place_grid: rows and columns that the map of the places has at most, see `Network`.
     hidden_dim, out_dim, num_layers: of the projectors; the predictor has 2 layers.
   """
   if constraint not in CONSTRAINTS or target not in TARGETS:
@@ -131,8 +134,16 @@ def make(
       f"fusion: constraint {constraint!r} must be one of {CONSTRAINTS}, target {target!r} one of "
       f"{TARGETS}"
     )
-  if place_grid < 1:
-    raise ValueError(f"fusion: place_grid is {place_grid}; expected at least 1, e.g. 8")
+  if place_grid < 1 or place_weight < 0:
+    raise ValueError(
+      f"fusion: place_grid is {place_grid} and place_weight {place_weight}; expected at least 1, "
+      "e.g. 8, and 0 or more"
+    )
+  if place_weight > 0 and constraint == "sigreg":
+    raise ValueError(
+      f"fusion: constraint 'sigreg' with place_weight {place_weight}; set place_weight to 0, or "
+      "take another constraint"
+    )
   global_views(views, method="fusion", at_least=2)
   momentum = target == "momentum"
   network = Network(
@@ -169,7 +180,7 @@ def make(
       centre_BVEP = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), t_BVEP.shape)
     all_z, distances = z_BVEP, cosine_distance(q_BVEP, centre_BVEP)
     if "local" in views:
-      (_, z, q, _), stats = forward(network, params, stats, views["local"], keys[2])
+      (_, z, q, _), stats = forward(network, params, stats, views["local"], keys[2], False)
       centre = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), q.shape)
       all_z = jnp.concatenate([all_z, z], axis=1)
       distances = jnp.concatenate([distances, cosine_distance(q, centre)], axis=1)
@@ -182,10 +193,9 @@ def make(
     if consistency_E.size > 1:
       metrics["scale_consistency"] = jnp.mean(consistency_E[1:])
       metrics["scale_constraint"] = jnp.mean(constraint_E[1:])
-    if place_weight:
+    if place_weight > 0:
       consistency = place_consistency(places_BVhwP, seen_BVhwP, views["global_box"])
-      places_NVEP = jnp.moveaxis(places_BVhwP, 1, 3).reshape(-1, *z_BVEP[:, :, :1].shape[1:])
-      (spread,) = constrain(places_NVEP, constraint, eps, keys[3])
+      (spread,) = constrain(places_as_rows(places_BVhwP), constraint, eps, keys[3])
       metrics |= {"place_consistency": consistency, "place_constraint": spread}
       value += place_weight * (consistency_weight * consistency + constraint_weight * spread)
     aux = Aux(
@@ -209,6 +219,12 @@ def mean_of_others(x_BVEP: Array) -> Array:
   """For each view the mean over the image's other views."""
   v = x_BVEP.shape[1]
   return (jnp.sum(x_BVEP, axis=1, keepdims=True) - x_BVEP) / (v - 1)
+
+
+def places_as_rows(places_BVhwP: Array) -> Array:
+  """[B * h * w, V, 1, P], example-major, so that the first axis stays sharded."""
+  v, p = places_BVhwP.shape[1], places_BVhwP.shape[-1]
+  return jnp.moveaxis(places_BVhwP, 1, 3).reshape(-1, v, 1, p)
 
 
 def place_consistency(places_BVhwP: Array, seen_BVhwP: Array, box_BV4: Array) -> Array:

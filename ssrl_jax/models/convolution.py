@@ -71,7 +71,8 @@ def conv_general_dilated(
 def max_pool(x_BHWC: Array) -> Array:
   """Largest of each 3x3, stride 2, padding 1: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C].
 
-  The gradient goes to the largest; to the first of equals, row by row.
+  The gradient goes to the largest; to the first of equals, row by row. On one device no
+  forward-mode derivatives.
   """
   plain = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
   if jax.device_count() > 1 or not x_BHWC.size:
@@ -104,7 +105,9 @@ def _is_usual(
   del precision
   if others or feature_group_count > 1 or isinstance(padding, str) or not x.size:
     return False
-  if x.ndim != 4 or max(*(lhs_dilation or (1,)), *(rhs_dilation or (1,)), 1) > 1:
+  if x.ndim != 4 or any(n + sum(p) < k for n, p, k in zip(x.shape[1:3], padding, kernel.shape)):
+    return False
+  if max(*(lhs_dilation or (1,)), *(rhs_dilation or (1,)), 1) > 1:
     return False
   nhwc = lax.conv_dimension_numbers(x.shape, kernel.shape, NHWC)
   return lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers) == nhwc
@@ -134,23 +137,32 @@ def _gradient_of_x(
 ) -> Array:
   """[B, H, W, C]."""
   h, w, _, F = kernel.shape
-  if (h, w) == (1, 1) or max(strides) > 1 or max(dy_BhwF.shape[1:3]) <= SMALL:
+  part = largest_part(len(dy_BhwF))
+  # Else columns of all pictures, which are as many times as large as the kernel has places.
+  whole = (h, w) == (1, 1) or len(dy_BhwF) <= PART or max(dy_BhwF.shape[1:3]) <= 2 * SMALL
+  small = max(dy_BhwF.shape[1:3]) <= SMALL
+  if (h, w) == (1, 1) or small or (max(strides) > 1 and (whole or part < len(dy_BhwF))):
 
     def of_part(dy_bhwF: Array) -> Array:
-      x = jax.ShapeDtypeStruct((len(dy_bhwF), *x_BHWC.shape[1:]), x_BHWC.dtype)
-      d_columns = jnp.matmul(dy_bhwF, kernel.reshape(-1, F).T, precision=precision)
-      return jax.linear_transpose(_columns(strides, padding, (h, w)), x)(d_columns)[0]
+      dtype = jnp.promote_types(dy_bhwF.dtype, jnp.float32)  # of sums
+      x = jax.ShapeDtypeStruct((len(dy_bhwF), *x_BHWC.shape[1:]), dtype)
+      d_columns = jnp.matmul(
+        dy_bhwF, kernel.reshape(-1, F).T, precision=precision, preferred_element_type=dtype
+      )
+      d_x = jax.linear_transpose(_columns(strides, padding, (h, w)), x)(d_columns)[0]
+      return d_x.astype(x_BHWC.dtype)
 
-    part = largest_part(len(dy_BhwF))
-    if part == len(dy_BhwF) or max(dy_BhwF.shape[1:3]) <= 2 * SMALL:
+    if whole:
       return of_part(dy_BhwF)
     return lax.map(of_part, dy_BhwF.reshape(-1, part, *dy_BhwF.shape[1:])).reshape(x_BHWC.shape)
-  # The outer gradient, with the kernel turned round.
-  sizes = zip((h, w), x_BHWC.shape[1:3], dy_BhwF.shape[1:3], padding)
-  pads = [(k - 1 - low, size + low - n) for k, size, n, (low, _) in sizes]
+  # The outer gradient, spread out by the strides, with the kernel turned round.
+  sizes = zip((h, w), x_BHWC.shape[1:3], dy_BhwF.shape[1:3], strides, padding)
+  pads = [
+    (k - 1 - low, size + low - (n - 1) * stride - 1) for k, size, n, stride, (low, _) in sizes
+  ]
   return lax.conv_general_dilated(
     dy_BhwF, kernel[::-1, ::-1].transpose(0, 1, 3, 2), (1, 1), pads,
-    dimension_numbers=NHWC, precision=precision,
+    lhs_dilation=strides, dimension_numbers=NHWC, precision=precision,
   )  # fmt: skip
 
 
@@ -206,11 +218,10 @@ def _shown(
     x_BHWC = _pad(x_BHWC, axis, padding[axis - 1], fill)
   B, H, W, C = x_BHWC.shape
   (down, right), (rows, cols) = strides, window
-  h, w = ((size - k) // stride for size, k, stride in zip((H, W), window, strides))  # and one more
+  h, w = ((size - k) // stride + 1 for size, k, stride in zip((H, W), window, strides))
+  end = lambda i, j: (B, i + (h - 1) * down + 1, j + (w - 1) * right + 1, C)  # noqa: E731
   return [
-    lax.slice(
-      x_BHWC, (0, i, j, 0), (B, i + h * down + 1, j + w * right + 1, C), (1, down, right, 1)
-    )
+    lax.slice(x_BHWC, (0, i, j, 0), end(i, j), (1, down, right, 1))
     for i in range(rows)
     for j in range(cols)
   ]  # fmt: skip

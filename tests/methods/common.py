@@ -56,6 +56,10 @@ CASES = {name: (name, {}) for name in METHODS} | {
       **LOCAL,
     },
   ),
+  "fusion views coding_rate plain-encoder local": (
+    "fusion",
+    {"encoder.fusion.enabled": False, **LOCAL},
+  ),
   "fusion momentum none local": (
     "fusion",
     {"method.target": "momentum", "method.constraint": "none", **LOCAL},

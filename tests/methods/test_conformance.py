@@ -97,7 +97,8 @@ def case(request) -> Case:
 def assert_same_output(got, expected):
   """Loss, what it returns beside, and gradients, all to 1e-4.
 
-  A small array's gradient is a sum of large terms that cancel: to 1e-5 of the whole gradient, too.
+  A small array's gradient is a sum of large terms that cancel: 4e-6 of the whole gradient may be
+  missing (nnclr on an Intel Xeon: 1.6e-6).
   """
   (loss, aux), (gradients, _) = got
   (expected_loss, expected_aux), (expected_gradients, _) = expected
@@ -105,7 +106,7 @@ def assert_same_output(got, expected):
     sum(np.sum(np.square(x)) for _, x in named_leaves(jax.device_get(expected_gradients)))
   )
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
-  assert_close(gradients, expected_gradients, scale=10 * norm)
+  assert_close(gradients, expected_gradients, scale=4 * norm)
   assert_close(aux, expected_aux, scale=1.0)
 
 

@@ -724,8 +724,9 @@ def coding_rate64(z_NP, eps):
   return -np.linalg.slogdet(np.eye(p) + p / (n * eps**2) * z.T @ z)[1] / (2 * p)
 
 
-def test_fusion_compares_views_with_their_mean_and_places_with_what_the_other_view_shows_there(
-  monkeypatch,
+@pytest.mark.parametrize("target_of", ["views", "momentum"])
+def test_fusion_compares_views_with_a_target_and_places_with_what_the_other_view_shows_there(
+  target_of, monkeypatch
 ):
   rng, (h, w) = np.random.default_rng(0), (2, 3)
   z = rng.normal(size=(B, 1, h, w, P)) + 0.5 * rng.normal(size=(B, 2, h, w, P))
@@ -735,13 +736,13 @@ def test_fusion_compares_views_with_their_mean_and_places_with_what_the_other_vi
   box[::2, 1] = box[::2, 1][:, [0, 3, 2, 1]]  # mirrored
   box = box.astype(np.float32)
 
-  def places(z):
-    """[pairs] (distance, of the place of view v to what view w shows there)."""
+  def places(z, seen):
+    """Mean distance of the places of each view to what the other one shows there."""
     means = []
     for v, u in ((0, 1), (1, 0)):
       distances = []
       for b in range(B):
-        units = np.stack([[unit(x) for x in row] for row in z[b, u]])
+        units = np.stack([[unit(x) for x in row] for row in seen[b, u]])
         (t, l, o, r), (top, left, bottom, right) = box[b, v].astype(float), box[b, u].astype(float)
         for i in range(h):
           for j in range(w):
@@ -754,19 +755,24 @@ def test_fusion_compares_views_with_their_mean_and_places_with_what_the_other_vi
     return np.mean(means)
 
   def reference(z):
-    whole = z[:, :, 0, 0]
-    centre = [(unit(whole[b, 0]) + unit(whole[b, 1])) / 2 for b in range(B)]
-    near = np.mean([cosine_distance64(whole[b, v], centre[b]) for b in range(B) for v in range(2)])
+    # Without gradient: what a moving average, here of the same network, made of the views.
+    seen = z0 if target_of == "momentum" else z
+    whole, units = z[:, :, 0, 0], np.stack([[unit(x) for x in row] for row in seen[:, :, 0, 0]])
+    mean = np.repeat(units.mean(axis=1, keepdims=True), 2, axis=1)
+    centre = units[:, ::-1] if target_of == "momentum" else mean
+    near = [cosine_distance64(whole[b, v], centre[b, v]) for b in range(B) for v in range(2)]
     spread = np.mean([coding_rate64(whole[:, v], 0.3) for v in range(2)])
     spread_of_places = np.mean([coding_rate64(z[:, v].reshape(-1, P), 0.3) for v in range(2)])
-    return 1.5 * near + spread + 0.7 * (1.5 * places(z) + spread_of_places)
+    return 1.5 * np.mean(near) + spread + 0.7 * (1.5 * places(z, seen) + spread_of_places)
 
-  options = {"consistency_weight": 1.5, "eps": 0.3, "place_weight": 0.7}
+  z0 = z.astype(np.float64)
+  options = {"consistency_weight": 1.5, "eps": 0.3, "place_weight": 0.7, "target": target_of}
   method = make(monkeypatch, fusion, **options)
 
   def loss(z):
     given = {"global": z, "global_box": box}
-    return method.loss({"encoder": {}}, {"batch_stats": {}}, given, jax.random.key(0), 0)[0]
+    state = {"batch_stats": {}, **target()}
+    return method.loss({"encoder": {}}, state, given, jax.random.key(0), 0)[0]
 
   value, gradient = jax.jit(jax.value_and_grad(loss))(z)
   np.testing.assert_allclose(value, reference(z.astype(np.float64)), rtol=1e-5)

@@ -119,6 +119,24 @@ def test_parts_of_bfloat16_are_summed_in_float32(alone):
   np.testing.assert_allclose(many.astype(jnp.float32) / 300, one, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "side"), [(7, 2, (9, 8)), (3, 2, (4, 4))])
+def test_gradient_of_bfloat16_pictures_is_rounded_once(kernel, stride, side, monkeypatch):
+  values = arguments(kernel, stride, kernel // 2, side=side, dtype=jnp.bfloat16)
+  exact = gradients(stride, kernel // 2, *(v.astype(jnp.float32) for v in values))[0]
+  error = lambda got: np.linalg.norm(got.astype(jnp.float32) - exact)  # noqa: E731
+  of_jax = error(gradients(stride, kernel // 2, *values)[0])
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert error(gradients(stride, kernel // 2, *values)[0]) < 1.1 * of_jax
+
+
+def test_kernel_that_is_larger_than_the_padded_picture_has_no_place(alone):
+  x, kernel = jnp.ones((2, 1, 1, 3)), jnp.ones((4, 4, 3, 4))
+  y = convolution.conv_general_dilated(
+    x, kernel, (2, 2), pads(0), dimension_numbers=convolution.NHWC
+  )
+  assert y.shape == (2, 0, 0, 4)
+
+
 @pytest.mark.parametrize(
   ("kernel", "stride", "side"), [(3, 1, (9, 8)), (3, 2, (9, 8)), (7, 2, (9, 8)), (3, 1, (2, 2))]
 )
@@ -140,6 +158,10 @@ def test_only_a_lone_cpu_is_given_the_form_that_its_compiler_is_quick_with(
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   assert forms("cpu") == (set() if side == (2, 2) else quick)
   for platform in ("tpu", "cuda"):
+    layouts = [
+      sorted(re.findall(r"dim_numbers = .*", t)) for t in (lowered(platform), own[platform])
+    ]
+    assert layouts[0] == layouts[1], platform
     for operation in ("convolution", "dot_general", "pad"):
       count = lowered(platform).count(f"stablehlo.{operation}")
       assert count == own[platform].count(f"stablehlo.{operation}"), (platform, operation)
