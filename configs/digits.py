@@ -2,7 +2,7 @@
 
 Command   python -m ssrl_jax.main --config=configs/digits.py[:METHOD]
 Hardware  2 CPU cores
-Time      about 3 minutes
+Time      3 to 6 minutes
 Expected  README.md, "What the first command shows"
 Status    run
 """
