@@ -177,6 +177,9 @@ def chart(record: Record) -> Figure:
         )  # fmt: skip
         if len(found) > 1:
           panel.plot(found, [place] * len(found), "|", color=LINE, markersize=9, zorder=0)
+      else:
+        at = {"transform": panel.get_yaxis_transform(), "va": "center", "fontsize": 8}
+        panel.text(0.03, place, NOT_RUN, color=INK, **at)
       if column["title"] in row["claims"]:
         claim = row["claims"][column["title"]]
         panel.plot(claim, place, "D", markerfacecolor="none", color=INK, markersize=6)

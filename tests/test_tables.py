@@ -11,6 +11,7 @@ import pytest
 
 from ssrl_jax import tables
 from ssrl_jax.run_folder import alone_in
+from ssrl_jax.table_text import chart
 from ssrl_jax.tables import Column, Judge, Row, Table, Training
 
 SMOKE = "configs/smoke.py:simclr"
@@ -120,6 +121,8 @@ def test_what_was_not_run_is_said_and_an_unfinished_table_is_no_error(tmp_path):
   record = tables.measured(TABLE, [tmp_path])
   text = tables.write_table(tmp_path / "linear", record, command="c")
   assert "| fusion | 0 of 3 | not run | 77.8 | not run |" in text
+  (panel, *_) = chart(record).axes
+  assert [t.get_text() for t in panel.texts] == ["not run"] * 4
   assert "| fusion - simclr | not run | +8.5 |" in text
 
 
@@ -264,6 +267,7 @@ def test_unknown_file_and_budget_are_refused(tmp_path):
 
 REAL = """
 from ssrl_jax.run_folder import alone_in
+from ssrl_jax.table_text import chart
 from ssrl_jax.tables import Column, Judge, Row, Table, Training
 
 def get_table(budget):
