@@ -3,14 +3,14 @@
 What it is slow with, of what our networks ask for (benchmarks/convolution.py has the figures):
 
   forward     3 channels under a large kernel, as a ResNet's stem has: with a fourth channel of
-              zeros it takes a tenth. A map of at most 2x2: a twentieth, as one matrix product.
+              zeros it takes a twelfth. A map of at most 2x2: as little, as one matrix product.
   gradient    The same small maps; 1x1 kernels; strides, for which it spreads the outer gradient
   of x        out with zeros. As a product whose columns are added where they belong.
   gradient    Small maps and 1x1 kernels: as a product. Of the others it lays the pictures side by
   of kernel   side as channels, and a whole batch does not fit the caches: by parts of PART.
-  max pool    The gradient, which it scatters: as four maps that interleave, a tenth.
+  max pool    The gradient, which it scatters: as four maps that interleave, a sixth.
 
-Within a loop, as gradients are accumulated in, it is slow (6 to 50 times) with whatever is not laid
+Within a loop, as gradients are accumulated in, it is slow (4 to 26 times) with whatever is not laid
 out as [B, H, W, C], which is what differentiation makes. So on one CPU all of it is written out in
 that form. TPUs, GPUs and several devices have JAX's own.
 """
