@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from ssrl_jax.losses.consistency import cosine_distance
 from ssrl_jax.losses.dense import seen_from
 from ssrl_jax.losses.distribution import coding_rate, sigreg, variance_covariance
+from ssrl_jax.losses.each import each
 from ssrl_jax.method import (
   Array,
   Aux,
@@ -255,5 +256,6 @@ def constrain(z_BVEP: Array, constraint: str, eps: float, key: Array) -> Array:
     "sigreg": lambda z_BP: sigreg(z_BP, key),
     "none": lambda z_BP: jnp.zeros(()),
   }
-  value_VE = jax.vmap(jax.vmap(functions[constraint], in_axes=1), in_axes=1)(z_BVEP)
-  return jnp.mean(value_VE, axis=0)
+  b, v, e, p = z_BVEP.shape
+  value_N = each(functions[constraint], z_BVEP.transpose(1, 2, 0, 3).reshape(v * e, b, p))
+  return jnp.mean(value_N.reshape(v, e), axis=0)
