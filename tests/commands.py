@@ -4,6 +4,7 @@ A fork of a process that has imported everything starts in no time; importing ta
 cannot show is what `python -m` itself does, and that nothing hangs on Python's random hashes.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAIN, EVALUATE = "ssrl_jax.main", "ssrl_jax.evaluate.__main__"
-LIMIT = 900  # seconds until a command counts as hanging, on however busy a machine
+LIMIT = 600  # seconds until a command counts as hanging, on however busy a machine
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([MAIN, EVALUATE])
 
@@ -54,8 +55,13 @@ class Fork:
         time.sleep(0.005)
 
   def finish(self) -> tuple[int, str, str]:
-    """Waits for the end: exit status, what it printed, what it complained about."""
-    self.process.join(LIMIT)
+    """Waits for the end: exit status, what it printed, what it complained about.
+
+    One that hangs leaves its stacks among the latter, and is ended.
+    """
+    self.process.join(LIMIT + 30)
+    self.process.kill()
+    self.process.join()
     with self._folder:
       return self.process.exitcode, self._out.read_text(), self._err.read_text()
 
@@ -78,6 +84,7 @@ def _command(
 ):
   for number, path in enumerate(files, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+  faulthandler.dump_traceback_later(LIMIT, exit=True, file=2)
   os.chdir(ROOT)
   os.environ |= environment  # XLA_FLAGS is read when JAX is first used
   sys.argv = [module, *arguments]
