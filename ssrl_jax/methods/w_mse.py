@@ -52,9 +52,7 @@ def make(
   def whitened_distance(z_BVP, key):
     order_B = jax.random.permutation(key, z_BVP.shape[0])
     z_VBP = z_BVP[order_B].swapaxes(0, 1)
-    w_NCP = each(
-      lambda z_CP: whiten(z_CP, eps=eps), z_VBP.reshape(-1, slice_size, z_VBP.shape[-1])
-    )
+    w_NCP = each(lambda z_CP: whiten(z_CP, eps=eps), z_VBP.reshape(-1, slice_size, z_VBP.shape[-1]))
     first_BP, second_BP = w_NCP.reshape(z_VBP.shape)
     return jnp.mean(cosine_distance(first_BP, second_BP))
 
