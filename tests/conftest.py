@@ -4,12 +4,14 @@ Nearly all of its time is compilation, so the compiler's effort is turned down, 
 processes that tests start; test_conformance.py and test_main.py also run it as users have it.
 """
 
+import gc
 import os
 import pathlib
 import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # a compiled program need not name our lines
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # for `configs`
 
 import jax
@@ -33,6 +35,7 @@ os.environ |= {
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
+gc.set_threshold(200_000, 20, 50)  # tracing makes many objects that live on
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask
 
