@@ -1,5 +1,7 @@
 """What the tests of objectives share."""
 
+import re
+
 import numpy as np
 
 
@@ -34,3 +36,10 @@ def sizes(jaxpr):
         inner = getattr(sub, "jaxpr", sub)
         if hasattr(inner, "eqns"):
           yield from sizes(inner)
+
+
+def lapack_shapes(program: str) -> list[tuple[int, ...]]:
+  """The shapes of what LAPACK's kernels give in a compiled program's text."""
+  calls = [line for line in program.splitlines() if 'custom_call_target="lapack' in line]
+  of_call = lambda line: re.findall(r"f\d\d\[([\d,]+)\]", line.split("custom-call(")[0])  # noqa: E731
+  return [tuple(map(int, shape.split(","))) for line in calls for shape in of_call(line)]

@@ -1,5 +1,3 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +6,11 @@ import pytest
 from ssrl_jax.losses.correlation import whiten
 from ssrl_jax.losses.distribution import coding_rate
 from ssrl_jax.losses.each import each
+from tests.numeric import lapack_shapes
 
 
-def lapack_shapes(function, *arguments) -> list[tuple[int, ...]]:
-  """The shapes that LAPACK's kernels give in the compiled program."""
-  text = jax.jit(function).lower(*arguments).compile().as_text()
-  calls = [line for line in text.splitlines() if 'custom_call_target="lapack' in line]
-  of_call = lambda line: re.findall(r"f32\[([\d,]*)\]", line.split("custom-call(")[0])  # noqa: E731
-  return [tuple(map(int, s.split(","))) for line in calls for s in of_call(line) if s]
+def compiled(function, *arguments) -> str:
+  return jax.jit(function).lower(*arguments).compile().as_text()
 
 
 @pytest.mark.parametrize(
@@ -27,10 +22,12 @@ def test_lapack_is_given_single_matrices(loss):
   """Of a batch its threads may wait for each other for ever (ssrl_jax/losses/each.py)."""
   z = np.random.default_rng(0).normal(size=(6, 16, 8)).astype(np.float32)
   total = lambda z: jnp.sum(each(loss, z))  # noqa: E731
-  shapes = lapack_shapes(jax.grad(total), z)
+  shapes = lapack_shapes(compiled(jax.grad(total), z))
   assert len(shapes) >= 2
   assert all(len(s) <= 2 for s in shapes)
-  assert any(len(s) == 3 for s in lapack_shapes(jax.vmap(jax.grad(loss)), z))  # what is avoided
+  assert any(
+    len(s) == 3 for s in lapack_shapes(compiled(jax.vmap(jax.grad(loss)), z))
+  )  # what is avoided
   values, gradient = jax.jit(lambda z: each(loss, z))(z), jax.jit(jax.grad(total))(z)
   for i in range(6):
     value, d = jax.jit(jax.value_and_grad(loss))(z[i])
