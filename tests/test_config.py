@@ -28,16 +28,27 @@ def test_recipes_are_found():
   assert {"smoke", "digits", "cifar10", "imagenet"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_builds_abstractly(name, method):
+def built(name, method):
   config = recipe(name, method)
   num_examples = config.data.num_train or config.data.dry_run_examples
-  num_classes = config.data.dry_run_classes
-  experiment = build(config, num_examples=num_examples, num_classes=num_classes)
-  assert experiment.total_steps > config.optim.warmup_epochs * experiment.steps_per_epoch
+  return build(config, num_examples=num_examples, num_classes=config.data.dry_run_classes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_builds(name, method):
+  experiment = built(name, method)
+  warmup = experiment.config.optim.warmup_epochs * experiment.steps_per_epoch
+  assert experiment.total_steps > warmup
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["imagenette_cpu", "cifar10", "imagenet"])
+def test_networks_of_a_recipe_fit_together(name, method):
+  """The others change for a method what imagenette_cpu does."""
+  experiment = built(name, method)
   state = abstract_state(experiment)
-  assert state.probe.params["kernel"].shape[1] == num_classes
+  assert state.probe.params["kernel"].shape[1] == experiment.num_classes
   assert {str(p.dtype) for p in jax.tree.leaves(state.params)} == {"float32"}
 
 

@@ -10,12 +10,11 @@ import optax
 import pytest
 
 from ssrl_jax import parallel
-from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.config import view_group
 from ssrl_jax.experiment import abstract_state
 from ssrl_jax.method import Method
 from ssrl_jax.methods import METHODS
-from ssrl_jax.state import TrainState, named_leaves, state_digest
+from ssrl_jax.state import named_leaves, state_digest
 from ssrl_jax.step import abstract_views
 from tests.methods.common import (
   BATCH,
@@ -52,7 +51,6 @@ class Case(NamedTuple):
   name: str  # of the method
   tau: float  # of its config, if it has one
   method: Method
-  state: TrainState  # at step 0
   after_update: Callable  # the method's, compiled
   inputs: tuple  # of method.loss, on one device
   output: tuple  # on one device
@@ -72,7 +70,6 @@ def case(request) -> Case:
   # Everything on its device for good: what changes its place is traced and compiled again.
   inputs = (state.params, state.method_state, make_views(experiment), jax.random.key(7), state.step)
   inputs = params, method_state, views, key, step = placed(inputs, num_devices=1)
-  state = jax.device_put(state, step.sharding)
   compiled = loss_and_gradients(method, inputs)
   output = compiled(*inputs)
 
@@ -94,7 +91,7 @@ def case(request) -> Case:
   tau = experiment.config.method.get("tau", 0.99)  # of hybrid's byol
   again, trained = compiled(*inputs), (params, method_state)
   after_update = jax.jit(method.after_update)
-  return Case(name, tau, method, state, after_update, inputs, output, again, losses, trained)
+  return Case(name, tau, method, after_update, inputs, output, again, losses, trained)
 
 
 def assert_same_output(got, expected):
@@ -163,6 +160,14 @@ def test_one_device_and_eight_agree_on_loss_gradients_and_state(case):
   program = loss_and_gradients(case.method, inputs).lower(*inputs).compile()
   assert_same_output(program(*inputs), case.output)
   assert all(len(shape) <= 2 for shape in lapack_shapes(program.as_text())), "may hang: losses/each"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", METHODS, indirect=True)
+def test_compiled_and_plain_loss_agree(case):
+  with jax.disable_jit():
+    plain = case.method.loss(*case.inputs)
+  assert_close(plain, case.output[0], scale=1.0)
 
 
 @pytest.mark.slow
@@ -251,18 +256,6 @@ def test_encode_is_pure_and_sees_each_image_alone(case):
 
 def test_loss_is_a_function_of_its_arguments(case):
   assert_equal(case.again[0], case.output[0])
-
-
-def test_state_survives_a_checkpoint_byte_for_byte(case, tmp_path):
-  params, method_state = case.trained
-  state = case.state._replace(params=params, method_state=method_state)
-  checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
-  checkpoints.finish(state, step=15, score=0.0)
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
-  assert state_digest(checkpoints.restore(shapes)) == state_digest(state)
-  checkpoints.close()
 
 
 @pytest.mark.parametrize("name", METHODS)
