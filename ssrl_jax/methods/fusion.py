@@ -159,26 +159,31 @@ def make(
       {"target": make_target(params, stats, tuple(params))} if momentum else {}
     )
 
+  def targets(method_state, views, z_BVEP, places_BVhwP, key):
+    """Unit embeddings, for each view their centre that it must meet, places; the target's state."""
+    if not momentum:
+      t_BVEP = normalise(z_BVEP)
+      centre_B1EP = jnp.mean(t_BVEP, axis=1, keepdims=True)
+      return t_BVEP, jnp.broadcast_to(centre_B1EP, t_BVEP.shape), places_BVhwP, {}
+    old = method_state["target"]
+    (_, t_BVEP, _, seen_BVhwP), stats = forward(
+      network, old["params"], old["batch_stats"], views["global"], key
+    )
+    t_BVEP, seen_BVhwP = jax.lax.stop_gradient((normalise(t_BVEP), seen_BVhwP))
+    return t_BVEP, mean_of_others(t_BVEP), seen_BVhwP, {"target": old | {"batch_stats": stats}}
+
+  def objective(consistency, spread):
+    return consistency_weight * consistency + constraint_weight * spread
+
   def loss(params, method_state, views, key, step):
     del step
     keys = jax.random.split(key, 4)
     (h_BVD, z_BVEP, q_BVEP, places_BVhwP), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
-    target_state = {}
-    if momentum:
-      old = method_state["target"]
-      (_, t_BVEP, _, seen_BVhwP), target_stats = forward(
-        network, old["params"], old["batch_stats"], views["global"], keys[1]
-      )
-      t_BVEP = jax.lax.stop_gradient(normalise(t_BVEP))
-      centre_BVEP = mean_of_others(t_BVEP)
-      seen_BVhwP = jax.lax.stop_gradient(seen_BVhwP)
-      target_state = {"target": old | {"batch_stats": target_stats}}
-    else:
-      seen_BVhwP = places_BVhwP
-      t_BVEP = normalise(z_BVEP)
-      centre_BVEP = jnp.broadcast_to(jnp.mean(t_BVEP, axis=1, keepdims=True), t_BVEP.shape)
+    t_BVEP, centre_BVEP, seen_BVhwP, target_state = targets(
+      method_state, views, z_BVEP, places_BVhwP, keys[1]
+    )
     all_z, distances = z_BVEP, cosine_distance(q_BVEP, centre_BVEP)
     if "local" in views:
       (_, z, q, _), stats = forward(network, params, stats, views["local"], keys[2], False)
@@ -188,8 +193,8 @@ def make(
 
     consistency_E = jnp.mean(distances, axis=(0, 1))
     constraint_E = constrain(all_z, constraint, eps, keys[3])
-    objective_E = consistency_weight * consistency_E + constraint_weight * constraint_E
-    value = objective_E[0] + scale_weight * jnp.sum(objective_E[1:])
+    value_E = objective(consistency_E, constraint_E)
+    value = value_E[0] + scale_weight * jnp.sum(value_E[1:])
     metrics = {"consistency": consistency_E[0], "constraint": constraint_E[0]}
     if consistency_E.size > 1:
       metrics["scale_consistency"] = jnp.mean(consistency_E[1:])
@@ -198,7 +203,7 @@ def make(
       consistency = place_consistency(places_BVhwP, seen_BVhwP, views["global_box"])
       (spread,) = constrain(places_as_rows(places_BVhwP), constraint, eps, keys[3])
       metrics |= {"place_consistency": consistency, "place_constraint": spread}
-      value += place_weight * (consistency_weight * consistency + constraint_weight * spread)
+      value += place_weight * objective(consistency, spread)
     aux = Aux(
       method_state={"batch_stats": stats, **target_state},
       metrics=metrics,
