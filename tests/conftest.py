@@ -11,6 +11,7 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PJRT_NPROC"] = "2"  # threads, on one core too: with one alone some sums run otherwise
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # a compiled program need not name our lines
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # for `configs`
 
