@@ -4,12 +4,13 @@ from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
 from ssrl_jax.tables import DATA, Column, Judge, Row, Table
 
 STEPS = {"local": 300, "paper": 20_000}
+SEEDS = {"fusion": (0, 1), "simclr": (0, 1), "swav": (0,)}  # of the local budget
 
 
 def get_table(budget: str) -> Table:
   local = budget == "local"
   train = photos if local else imagenet
-  rows = [Row(method, train(method)) for method in ("fusion", "simclr", "swav")]
+  rows = [Row(method, train(method), seeds if local else (0,)) for method, seeds in SEEDS.items()]
   rows += [
     Row("random init", train("simclr"), encoder="random_init"),
     Row("random init, encoder of fusion", train("fusion"), encoder="random_init"),
