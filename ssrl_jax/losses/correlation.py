@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ssrl_jax.losses.factor import inverse_cholesky
 from ssrl_jax.method import Array
 
 
@@ -36,11 +37,10 @@ def whiten(z_BP: Array, *, eps: float) -> Array:
   """The rows with mean 0 and covariance the identity, by the inverse Cholesky factor.
 
   Ermolov et al. 2021 (W-MSE); as the official whitening.py: unbiased covariance, shrunk to
-  (1 - eps) cov + eps I, a triangular solve and not the symmetric root. B must exceed P.
+  (1 - eps) cov + eps I, the triangular root and not the symmetric one. B must exceed P.
   """
   z_BP = z_BP.astype(jnp.float32)
   b, p = z_BP.shape
   z_BP = z_BP - jnp.mean(z_BP, axis=0, keepdims=True)
   cov_PP = (1 - eps) * (z_BP.T @ z_BP) / (b - 1) + eps * jnp.eye(p)
-  factor_PP = jnp.linalg.cholesky(cov_PP)
-  return jax.scipy.linalg.solve_triangular(factor_PP, z_BP.T, lower=True).T
+  return z_BP @ inverse_cholesky(cov_PP).T

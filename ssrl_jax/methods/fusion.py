@@ -31,7 +31,6 @@ import jax.numpy as jnp
 from ssrl_jax.losses.consistency import cosine_distance
 from ssrl_jax.losses.dense import seen_from
 from ssrl_jax.losses.distribution import coding_rate, sigreg, variance_covariance
-from ssrl_jax.losses.each import each
 from ssrl_jax.method import (
   Array,
   Aux,
@@ -261,6 +260,5 @@ def constrain(z_BVEP: Array, constraint: str, eps: float, key: Array) -> Array:
     "sigreg": lambda z_BP: sigreg(z_BP, key),
     "none": lambda z_BP: jnp.zeros(()),
   }
-  b, v, e, p = z_BVEP.shape
-  value_N = each(functions[constraint], z_BVEP.transpose(1, 2, 0, 3).reshape(v * e, b, p))
-  return jnp.mean(value_N.reshape(v, e), axis=0)
+  value_VE = jax.vmap(jax.vmap(functions[constraint], in_axes=1), in_axes=1)(z_BVEP)
+  return jnp.mean(value_VE, axis=0)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from ssrl_jax.losses.consistency import cosine_distance
 from ssrl_jax.losses.correlation import whiten
-from ssrl_jax.losses.each import each
 from ssrl_jax.method import Method, Run, ViewSpec, global_spec, joint_embedding
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
@@ -51,10 +50,10 @@ def make(
 
   def whitened_distance(z_BVP, key):
     order_B = jax.random.permutation(key, z_BVP.shape[0])
-    z_VBP = z_BVP[order_B].swapaxes(0, 1)
-    w_NCP = each(lambda z_CP: whiten(z_CP, eps=eps), z_VBP.reshape(-1, slice_size, z_VBP.shape[-1]))
-    first_BP, second_BP = w_NCP.reshape(z_VBP.shape)
-    return jnp.mean(cosine_distance(first_BP, second_BP))
+    z_SCVP = z_BVP[order_B].reshape(-1, slice_size, *z_BVP.shape[1:])
+    each = jax.vmap(jax.vmap(lambda z_CP: whiten(z_CP, eps=eps), in_axes=1, out_axes=1))
+    w_SCVP = each(z_SCVP)
+    return jnp.mean(cosine_distance(w_SCVP[:, :, 0], w_SCVP[:, :, 1]))
 
   def objective(z_BVP, q_BVP, label_B, key):
     """Equation 5 of the paper, normalised as in section 3.2."""
