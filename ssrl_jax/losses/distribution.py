@@ -28,8 +28,7 @@ def coding_rate(z_BP: Array, *, eps: float) -> Array:
   b, p = z_BP.shape
   gram = z_BP.T @ z_BP if p <= b else z_BP @ z_BP.T  # the same determinant, the smaller matrix
   scaled = jnp.eye(gram.shape[0], dtype=gram.dtype) + gram * (p / (b * eps**2))
-  half_logdet = -jnp.sum(jnp.log(jnp.diagonal(inverse_cholesky(scaled))))
-  return -half_logdet / p
+  return jnp.sum(jnp.log(jnp.diagonal(inverse_cholesky(scaled)))) / p  # log det of the inverse / 2
 
 
 def variance_covariance(z_BP: Array) -> tuple[Array, Array]:
