@@ -1,8 +1,9 @@
 """python -m ssrl_jax.tables --table=configs/tables/NAME.py[:BUDGET] --workdir=DIR [--data=DIR]
 
-One command for one results table. It trains what is missing (and goes on with what was stopped),
-evaluates what is missing, and writes DIR/NAME-BUDGET.md, .csv, .tex, .png and .json. What was not
-run is shown as not run. Tables that share a folder share its runs.
+One command for one results table, or with --table=configs/tables[:BUDGET] for all of that folder.
+It trains what is missing (and goes on with what was stopped), evaluates what is missing, and writes
+DIR/NAME-BUDGET.md, .csv, .tex, .png and .json. What was not run is shown as not run. Tables that
+share a folder share its runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,21 @@ def load_table(spec: str) -> tuple[str, Table]:
   return f"{Path(path).stem}-{budget}", table
 
 
+def load_tables(spec: str) -> list[tuple[str, Table]]:
+  """Those of a file, or of all files of a folder: "configs/tables:paper".
+
+  Raises:
+    ValueError, FileNotFoundError: as `load_table`; a folder without tables.
+  """
+  path, _, budget = spec.partition(":")
+  if not Path(path).is_dir():
+    return [load_table(spec)]
+  files = sorted(f for f in Path(path).glob("*.py") if f.name != "__init__.py")
+  if not files:
+    raise FileNotFoundError(f"{path} holds no table files; tables are in configs/tables/")
+  return [load_table(f"{file}:{budget}") for file in files]
+
+
 def resolve(training: Training) -> ConfigDict:
   """The config of a training."""
   path, _, method = training.recipe.partition(":")
@@ -158,17 +174,29 @@ class Run(NamedTuple):
     return next(iter(found), folders[0])
 
 
-def runs_of(table: Table) -> list[Run]:
+def runs_of(*tables: Table) -> list[Run]:
   """Every training and seed once, in the order of the rows."""
   encoders: dict[tuple[str, int], list[str]] = {}
   trainings: dict[str, Training] = {}
-  for row in table.rows:
+  for row in (row for table in tables for row in table.rows):
     trainings[row.training.name] = row.training
     for seed in row.seeds:
       wanted = encoders.setdefault((row.training.name, seed), [])
       if row.encoder not in wanted:
         wanted.append(row.encoder)
   return [Run(trainings[name], seed, tuple(e)) for (name, seed), e in encoders.items()]
+
+
+def share_of(tables: Sequence[Table], text: str) -> set[tuple[str, int]]:
+  """Name and seed of the trainings that are for one of several machines: "2/3" -> every third.
+
+  Raises:
+    ValueError: not i/n with i from 1 to n.
+  """
+  i, _, n = text.partition("/")
+  if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+    raise ValueError(f"--rows is {text!r}; expected i/n with i from 1 to n, e.g. 2/3")
+  return {(r.training.name, r.seed) for r in runs_of(*tables)[int(i) - 1 :: int(n)]}
 
 
 def train_command(run: Run, folder: Path, data: str) -> list[str]:
@@ -267,12 +295,12 @@ def make(
   workdirs: Sequence[Path],
   *,
   data: str = "data",
-  part: tuple[int, int] = (1, 1),
+  share: Set[tuple[str, int]] | None = None,
   run_command: Execute = execute,
   say: Callable[[str], None] = print_line,
 ) -> list[str]:
-  """Trains and evaluates what is missing; returns what failed, a line each."""
-  mine = {(r.training.name, r.seed) for r in runs_of(table)[part[0] - 1 :: part[1]]}
+  """Trains and evaluates what is missing (of `share_of`, if given); returns a line a failure."""
+  mine = share_of([table], "1/1") if share is None else share
   failed: list[str] = []
 
   def do(command: list[str], run: Run, what: str) -> None:
@@ -343,14 +371,20 @@ def values(table: Table, row: Row, column: Column, workdirs: Sequence[Path]) -> 
   return found
 
 
-def plan(table: Table, workdirs: Sequence[Path], *, say: Callable[[str], None]) -> None:
+def plan(tables: Sequence[Table], workdirs: Sequence[Path], *, say: Callable[[str], None]) -> None:
   """Prints what is missing and what training it would cost."""
-  to_train, to_judge = missing(table, workdirs)
+  to_train: dict[tuple[str, int], Run] = {}
+  to_judge: set[tuple[Path, tuple[str, ...]]] = set()
+  for table in tables:
+    runs, judged = missing(table, workdirs)
+    to_train |= {(r.training.name, r.seed): r for r in runs}
+    for run, key, encoders in judged:
+      to_judge.add((judged_file(run.folder(workdirs), key, table.judges[key]), encoders))
   here = measured_matmul_flops() * ASSUMED_MFU * 3600
   total_reference = total_here = 0.0
   say(f"{'run':<44}{'steps':>9}{'FLOP a step':>13}{'FLOPs':>10}{'H200 h':>9}{'here h':>9}")
   costs: dict[str, Any] = {}
-  for run in to_train:
+  for run in to_train.values():
     name = run.training.name
     if name not in costs:
       costs[name] = cost(assumed_experiment(resolve(run.training)))
@@ -373,13 +407,13 @@ def cli(argv: list[str]) -> int:
 
   def program() -> int:
     v = flags.FlagValues()
-    flags.DEFINE_string("table", "", "configs/tables/NAME.py[:BUDGET]", v)
+    flags.DEFINE_string("table", "", "configs/tables/NAME.py[:BUDGET], or their folder.", v)
     flags.DEFINE_string("workdir", "", "Folder of runs and tables.", v)
     flags.DEFINE_string("data", "data", "Folder of the data sets of the local budget.", v)
     flags.DEFINE_string(
       "rows",
       "1/1",
-      "i/n: every n-th training from the i-th on, to spread a table over machines.",
+      "i/n: every n-th training from the i-th on, to spread tables over machines or cores.",
       v,
     )
     flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", v)
@@ -393,33 +427,29 @@ def cli(argv: list[str]) -> int:
     v(argv)
     if not v.table or not v.workdir:
       raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")
-    name, table = load_table(v.table)
+    tables = load_tables(v.table)
     workdirs = [Path(w) for w in (v.workdir, *filter(None, v.merge.split(",")))]
-    refuse_outdated(table, workdirs)
+    for _, table in tables:
+      refuse_outdated(table, workdirs)
     if v.plan:
-      plan(table, workdirs, say=print_line)
+      plan([table for _, table in tables], workdirs, say=print_line)
       return 0
     # What one command compiles, others load: seeds of a row, evaluations of an encoder.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdirs[0] / "compiled").resolve()))
-    failed = [] if v.report else make(table, workdirs, data=v.data, part=parse_part(v.rows))
+    share = share_of([table for _, table in tables], v.rows)
     command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
-    record = measured(table, workdirs)
     workdirs[0].mkdir(parents=True, exist_ok=True)
-    write_json(workdirs[0] / f"{name}.json", record | {"command": command})
-    print_line(write_table(workdirs[0] / name, record, command=command))
+    failed = []
+    for name, table in tables:
+      failed += [] if v.report else make(table, workdirs, data=v.data, share=share)
+      record = measured(table, workdirs)
+      write_json(workdirs[0] / f"{name}.json", record | {"command": command})
+      print_line(write_table(workdirs[0] / name, record, command=command))
     for line in failed:
       print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
 
   return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
-
-
-def parse_part(text: str) -> tuple[int, int]:
-  """ "2/3" -> (2, 3)."""
-  i, _, n = text.partition("/")
-  if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
-    raise ValueError(f"--rows is {text!r}; expected i/n with i from 1 to n, e.g. 2/3")
-  return int(i), int(n)
 
 
 def measured(table: Table, workdirs: Sequence[Path]) -> dict[str, Any]:

@@ -130,13 +130,35 @@ def test_parts_of_a_table_are_disjoint_and_merge_to_the_whole(tmp_path):
   done = []
   for i in (1, 2):
     stand_in = Stand_in()
-    assert make(tmp_path / str(i), stand_in, part=(i, 2)) == []
+    assert make(tmp_path / str(i), stand_in, share=tables.share_of([TABLE], f"{i}/2")) == []
     done.append(stand_in)
   assert [kinds(s).count("main") for s in done] == [3, 2]
   folders = [tmp_path / "1", tmp_path / "2"]
   assert tables.missing(TABLE, folders) == ([], [])
   make(tmp_path / "whole", Stand_in())
   assert tables.measured(TABLE, folders) == tables.measured(TABLE, [tmp_path / "whole"])
+
+
+def test_all_tables_of_a_folder_are_shared_out_without_a_training_done_twice(tmp_path):
+  """Also what two tables have in common, which is another row of each."""
+  longer = Row("longer", Training(SMOKE, {"epochs": 3.0}), seeds=(1,))
+  several = [TABLE, TABLE._replace(rows=(*TABLE.rows[1:], longer))]
+  done = []
+  for i in (1, 2):
+    stand_in, share = Stand_in(), tables.share_of(several, f"{i}/2")
+    for table in several:
+      assert make(tmp_path / str(i), stand_in, table=table, share=share) == []
+    done.append(stand_in)
+  assert [kinds(s).count("main") for s in done] == [3, 3]
+  for table in several:
+    assert tables.missing(table, [tmp_path / "1", tmp_path / "2"]) == ([], [])
+
+
+def test_a_folder_is_all_of_its_tables(tmp_path):
+  names = [name for name, _ in tables.load_tables("configs/tables:paper")]
+  assert names == sorted(f"{p.stem}-paper" for p in Path("configs/tables").glob("[a-z]*.py"))
+  with pytest.raises(FileNotFoundError, match="holds no table files"):
+    tables.load_tables(str(tmp_path))
 
 
 def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
@@ -161,7 +183,7 @@ def test_divergence_on_another_machine_is_merged(tmp_path):
   table = TABLE._replace(columns=(*TABLE.columns, Column("diverged", "run", "diverged", 2)))
   for i in (1, 2):
     stand_in = Stand_in(diverges=lambda c: "--config.seed=1" in c)
-    make(tmp_path / str(i), stand_in, part=(i, 2), table=table)
+    make(tmp_path / str(i), stand_in, share=tables.share_of([table], f"{i}/2"), table=table)
   folders = [tmp_path / "1", tmp_path / "2"]
   assert tables.missing(table, folders) == ([], [])
   rows = tables.measured(table, folders)["rows"]
@@ -212,7 +234,7 @@ def test_other_overrides_are_another_run():
 
 
 def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
-  tables.plan(TABLE, [tmp_path], say=print)
+  tables.plan([TABLE, TABLE], [tmp_path], say=print)
   out = capsys.readouterr().out
   assert f"{OURS.name}-0 " in out
   assert "5 trainings, 5 evaluations missing" in out
@@ -255,7 +277,7 @@ def test_a_table_that_names_nothing_is_refused(tmp_path, monkeypatch, change, me
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
 def test_rows_that_are_no_part_are_refused(text):
   with pytest.raises(ValueError, match="expected i/n"):
-    tables.parse_part(text)
+    tables.share_of([TABLE], text)
 
 
 def test_unknown_file_and_budget_are_refused(tmp_path):
