@@ -30,6 +30,12 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
   """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
   try:
     return program()
+  except ModuleNotFoundError as error:
+    if error.name != "configs":
+      raise
+    fix = "run this in the folder that holds configs/"
+    print(f"error: recipes import one another as configs.NAME: {fix}", file=sys.stderr)
+    return 1
   except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
           flags.Error) as error:  # fmt: skip
     if show_traceback():

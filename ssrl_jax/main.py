@@ -86,7 +86,7 @@ def run(argv: list[str]) -> int:
   params, test = abstract_state(experiment).params, open_test(experiment, source, evals)
   evaluate = evaluate_during(experiment, source, test)
   recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-  folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}")
+  folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}").expanduser()
   facts, limits = Facts(len(source), source.num_classes), config.watchdog
   with contextlib.ExitStack() as held:
     processes.first_does(lambda: held.enter_context(alone_in(folder)))

@@ -290,7 +290,7 @@ def _neighbours(neighbours: Neighbours | None, class_names: Sequence[str]) -> st
       kind, mark = ("same", "✓ ") if other == label else ("other", "✗ ")
       kind, mark = (kind, mark) if label >= 0 and other >= 0 else ("query", "")
       body += cell(
-        picture, other, kind, f"<small>{mark}{_number(float(similarity), '.2f')}</small>"
+        picture, other, kind, f"<small>{mark}{_number(float(similarity), '.3f')}</small>"
       )
     body += "</div>\n"
   known = (neighbours.found_label >= 0) & (neighbours.query_label.reshape(-1, 1) >= 0)

@@ -164,19 +164,26 @@ def merge_evaluation(
   step: int,
   state_digest: str,
 ) -> None:
-  """Adds figures to evaluation.json; those of another state or other pictures are dropped."""
+  """Adds figures to evaluation.json; those of another state, pictures or options are dropped."""
   if jax.process_index() != 0:
     return
   same = {"step": step, "state_digest": state_digest, "data": flatten(ConfigDict(options["data"]))}
+  same |= {"view": {name: options["evaluate"].get(name) for name in ("size", "crop")}}
   record = same | {"results": {}, "options": {}}
   if path.exists():
     old = json.loads(path.read_text())
     if all(old.get(key) == value for key, value in same.items()):
       record = old
+  new = {figure.split("/")[0] for figures in results.values() for figure in figures}
+  for name in new:
+    given = json.loads(json.dumps(options["evaluate"][name]))  # tuples as they come back
+    if record["options"].get(name) != given:
+      for encoder, old in record["results"].items():
+        kept = {f: value for f, value in old.items() if f.split("/")[0] != name}
+        record["results"][encoder] = kept
+    record["options"][name] = given
   for encoder, figures in results.items():
     record["results"][encoder] = record["results"].get(encoder, {}) | figures
-    for name in {figure.split("/")[0] for figure in figures}:
-      record["options"][name] = options["evaluate"][name]
   path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, record)
 

@@ -239,16 +239,21 @@ def judged_file(folder: Path, key: str, judge: Judge) -> Path:
 def refuse_outdated(table: Table, workdirs: Sequence[Path]) -> None:
   """Refuses runs of a recipe that was changed since: their figures are not the table's.
 
-  Where the pictures lie may differ. A knob that did not exist then has its default.
+  Where the pictures lie may differ. A knob that did not exist then has its default. How a run is
+  judged is taken from its own config, so that counts too, for what the table asks.
 
   Raises:
     ValueError: names the runs and what was changed.
   """
+  judged = ["evaluate.size", "evaluate.crop"]
+  judged += [f"evaluate.{name}." for j in table.judges.values() for name in select(j.evals)]
+  judged, given = tuple(judged), {key for j in table.judges.values() for key in j.options}
   for run in runs_of(table):
     path = run.folder(workdirs) / "config.json"
     if path.exists():
       old, new = flatten(load_config(path.parent)), flatten(resolve(run.training))
-      both = {k: (old[k], new[k]) for k in old.keys() & new.keys() if not k.startswith(NO_MATTER)}
+      counts = lambda k: not k.startswith(NO_MATTER) or k.startswith(judged)  # noqa: E731
+      both = {k: (old[k], new[k]) for k in old.keys() & new.keys() - given if counts(k)}
       changed = [
         f"{k} {a} -> {b}" for k, (a, b) in sorted(both.items()) if a != b and DATA not in str(b)
       ]
@@ -263,6 +268,12 @@ def figures_of(path: Path) -> dict[str, dict[str, float]]:
   return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
+def has_all(figures: Mapping[str, float], judge: Judge, encoder: str) -> bool:
+  """Whether every protocol of a judge that can judge this encoder has given its figures."""
+  asked = {n for n, p in select(judge.evals).items() if p.pixels or encoder != "raw_pixels"}
+  return asked <= {figure.split("/")[0] for figure in figures}
+
+
 def missing(
   table: Table, workdirs: Sequence[Path]
 ) -> tuple[list[Run], list[tuple[Run, str, tuple[str, ...]]]]:
@@ -274,10 +285,7 @@ def missing(
       to_train.append(run)
     for key, judge in table.judges.items():
       done = figures_of(judged_file(folder, key, judge))
-      protocols = select(judge.evals).values()
-      pixels = any(p.pixels for p in protocols)
-      wanted = [e for e in run.encoders if e != "raw_pixels" or pixels]
-      left = tuple(e for e in wanted if e not in done)
+      left = tuple(e for e in run.encoders if not has_all(done.get(e, {}), judge, e))
       if left and not diverged(folder):
         to_judge.append((run, key, left))
   return to_train, to_judge
@@ -326,6 +334,8 @@ def make(
     folder, judge = run.folder(workdirs), table.judges[key]
     if (run.training.name, run.seed) in mine and finished(folder):
       other = by_name[judge.of].folder(workdirs) if judge.of else None
+      if other and not (other / "results.json").exists():
+        continue  # of another share, and not trained to its end yet
       out = judged_file(folder, key, judge)
       do(
         judge_command(judge, folder, out, encoders, other, data),
@@ -428,7 +438,11 @@ def cli(argv: list[str]) -> int:
     if not v.table or not v.workdir:
       raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")
     tables = load_tables(v.table)
-    workdirs = [Path(w) for w in (v.workdir, *filter(None, v.merge.split(",")))]
+    others = [Path(w).expanduser() for w in v.merge.split(",") if w]
+    workdirs = [Path(v.workdir).expanduser(), *others]
+    for folder in others:
+      if not (folder / "runs").is_dir():
+        raise ValueError(f"--merge: {folder} holds no runs of tables")
     for _, table in tables:
       refuse_outdated(table, workdirs)
     if v.plan:

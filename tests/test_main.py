@@ -166,6 +166,8 @@ def test_evaluate_names_the_nearest_option_and_what_a_file_must_be(finished):
     ("--out=figures", "figures: expected a file NAME.json"),
     ("--encoders=trained,random", "did you mean 'random_init'"),
     ("--mesh.fsdp=3", "mesh.fsdp is 3, which does not divide the 1 devices"),
+    ("--data.test=tset", "no test pictures"),
+    ("--data.source=clips:/nowhere", "nowhere"),
   ):
     code, _, err = run(f"--workdir={folder}", argument, module=EVALUATE)
     assert code == 1

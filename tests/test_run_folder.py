@@ -22,6 +22,22 @@ def test_figures_of_one_state_and_the_same_pictures_add_up(tmp_path):
   assert record["options"] == {"knn": {"k": 5}, "linear": {"epochs": 2}}
 
 
+def test_figures_by_other_options_are_dropped_for_all_encoders(tmp_path):
+  """The file says one set of options a protocol: it must be true of every figure in it."""
+  path = tmp_path / "evaluation.json"
+  merge(path, {"trained": {"knn/accuracy": 1.0, "linear/accuracy": 3.0}})
+  other = OPTIONS | {"evaluate": OPTIONS["evaluate"] | {"knn": {"k": 200}}}
+  record = merge(path, {"random_init": {"knn/accuracy": 2.0}}, options=other)
+  assert record["results"] == {
+    "trained": {"linear/accuracy": 3.0},
+    "random_init": {"knn/accuracy": 2.0},
+  }
+  assert record["options"]["knn"] == {"k": 200}
+  larger = {"options": OPTIONS | {"evaluate": OPTIONS["evaluate"] | {"size": 64}}}
+  new = {"trained": {"linear/accuracy": 4.0}}
+  assert merge(path, new, **larger)["results"] == new
+
+
 def test_figures_of_another_state_or_of_other_pictures_are_dropped(tmp_path):
   path, new = tmp_path / "evaluation.json", {"trained": {"linear/accuracy": 3.0}}
   for change in ({"digest": "e"}, {"options": OPTIONS | {"data": {"source": "b"}}}):

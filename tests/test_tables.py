@@ -201,6 +201,38 @@ def test_a_run_that_came_to_its_end_after_all_did_not_diverge(tmp_path):
   assert [run.seed for run, _, _ in tables.missing(TABLE, [tmp_path])[1]] == [2]
 
 
+def test_a_judgement_that_was_cut_short_is_made_again(tmp_path):
+  """Figures are kept a protocol at a time, so a file may hold some of a judge's only."""
+  judge = Judge("knn,linear")
+  both = TABLE._replace(judges={"frozen": judge})
+  run = tables.runs_of(both)[0]
+  folder = run.folder([tmp_path])
+  out = tables.judged_file(folder, "frozen", judge)
+  out.parent.mkdir(parents=True)
+  (folder / "results.json").write_text("{}")
+  for figures, left in (({"knn/a": 1}, True), ({"knn/a": 1, "linear/a": 1}, False)):
+    out.write_text(json.dumps({"results": dict.fromkeys(("trained", "raw_pixels"), figures)}))
+    assert (run in [r for r, _, _ in tables.missing(both, [tmp_path])[1]]) == left
+
+
+def test_what_compares_two_runs_waits_for_the_other(tmp_path):
+  """With --rows it may be another process's, and half trained."""
+  compared = TABLE._replace(judges={"frozen": Judge("linear", of=THEIRS.name)})
+  stand_in, mine = Stand_in(), {(OURS.name, 0)}
+  assert make(tmp_path, stand_in, table=compared, share=mine) == []
+  assert kinds(stand_in) == ["main"]
+  assert make(tmp_path, stand_in, table=compared, share={(THEIRS.name, 0)}) == []
+  stand_in = Stand_in()
+  assert make(tmp_path, stand_in, table=compared, share=mine) == []
+  assert kinds(stand_in) == ["evaluate"]
+
+
+def test_a_folder_to_merge_that_is_not_there_is_refused(tmp_path, capsys):
+  argv = ["tables", "--table=configs/tables/linear.py", f"--workdir={tmp_path}", "--report"]
+  assert tables.cli([*argv, f"--merge={tmp_path / 'none'}"]) == 1
+  assert "none holds no runs of tables" in capsys.readouterr().err
+
+
 def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
   make(tmp_path, Stand_in())
   other = TABLE._replace(judges={"frozen": Judge("linear", {"evaluate.linear.epochs": 4})})
@@ -334,9 +366,17 @@ def test_runs_of_a_recipe_that_was_changed_since_are_refused(tmp_path, capsys):
   path.parent.mkdir(parents=True)
   path.write_text(config.to_json())
   assert tables.cli(argv) == 0
+  config.evaluate.knn.k += 1  # the table gives its own
+  config.evaluate.linear.epochs += 1  # nothing of this table
+  path.write_text(config.to_json())
+  assert tables.cli(argv) == 0
+  config.evaluate.size *= 2
+  path.write_text(config.to_json())
+  assert tables.cli(argv) == 1
+  assert "older form of its recipe (evaluate.size" in capsys.readouterr().err
+  config.evaluate.size //= 2
   config.optim.learning_rate *= 2
   path.write_text(config.to_json())
-  capsys.readouterr()
   assert tables.cli(argv) == 1
   assert re.search(
     r"older form of its recipe \(optim.learning_rate .* -> .*\): move it away",

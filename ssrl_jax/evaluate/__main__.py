@@ -29,8 +29,8 @@ GROUPS = ("evaluate", "data", "mesh")  # of a run's config, that an evaluation m
 
 
 def run(values: flags.FlagValues, config: ConfigDict) -> int:
-  folder = Path(values.workdir)
-  out = Path(values.out) if values.out else folder / "evaluation.json"
+  folder = Path(values.workdir).expanduser()
+  out = Path(values.out).expanduser() if values.out else folder / "evaluation.json"
   config.evaluate.evals = values.evals
   print_line(processes.start(
     values.coordinator, values.num_processes, values.process_id,
@@ -38,7 +38,7 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   ))  # fmt: skip
   say = print_line if jax.process_index() == 0 else lambda line: None
   experiment, state = load_run(folder, mesh=config.mesh)
-  other = load_run(Path(values.other), mesh=config.mesh) if values.other else None
+  other = load_run(Path(values.other).expanduser(), mesh=config.mesh) if values.other else None
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = experiment._replace(config=config)
   train = open_split(config, "train")
@@ -60,6 +60,8 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
       folder=out.with_suffix(""), other=other, encoders=encoders,
       keep=lambda results: merge_evaluation(out, results, **facts), moved=moved,
     )  # fmt: skip
+  if values.evals and not evaluated.results:
+    raise ValueError(f"none of {values.evals} could be run on these pictures")
   say(results_table(evaluated.results))
   return 0
 
@@ -88,7 +90,7 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")
     if values.out and not values.out.endswith(".json"):
       raise ValueError(f"--out={values.out}: expected a file NAME.json; pictures go into NAME")
-    config = load_config(Path(values.workdir))
+    config = load_config(Path(values.workdir).expanduser())
     known = [key for key in flatten(config) if key.split(".")[0] in GROUPS]
     for key in [a.removeprefix("--").split("=")[0] for a in argv]:
       if key.split(".")[0] in GROUPS and key not in known:

@@ -83,9 +83,13 @@ class Evaluation:
 
     Args:
       kind: what of the encoder's output, see `vectors`. All kinds are extracted at once.
+
+    Raises:
+      ValueError: see `check_kind`.
     """
     if (split, kind) not in self.cache:
       kinds = ("pooled",) if kind == "pooled" else self.kinds()
+      self.check_kind(kind)
       found = self._extract(split, kinds)
       self.cache.update({(split, k): rows for k, rows in found.items()})
     return self.cache[split, kind]
@@ -95,6 +99,12 @@ class Evaluation:
     images = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.float32)
     found = jax.eval_shape(self._vectors, self.weights, images)  # sorted by name
     return tuple(sorted(found, key=lambda kind: kind != "pooled"))
+
+  def check_kind(self, kind: str) -> None:
+    """Raises ValueError where the encoder gives no such vectors."""
+    if kind != "pooled" and kind not in self.kinds():
+      known = ", ".join(self.kinds())
+      raise ValueError(f"unknown kind of vector {kind!r}; this encoder has: {known}")
 
   def _vectors(self, weights: Any, images: Array) -> dict[str, Array]:
     return vectors(self.apply(weights, images, False, None)[0])

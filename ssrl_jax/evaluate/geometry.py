@@ -69,6 +69,10 @@ def run(
   """
   if num_views < 2 or num_lidar < 2:
     raise ValueError(f"num_views is {num_views} and num_lidar {num_lidar}; expected at least 2")
+  if num_test < 0:
+    raise ValueError(f"geometry: num_test is {num_test}; expected 0 (all) or more")
+  for one in filter(None, (evaluation, evaluation.other)):
+    one.check_kind(kind)
   rows = evaluation.features("test", kind)
   chosen = _spread(len(rows.ids), num_test)
   x_ND = rows.features[chosen].astype(np.float64)

@@ -164,8 +164,7 @@ def _resolve(kinds: Sequence[str], evaluation: Evaluation) -> tuple[str, ...]:
   if kinds == ("all",) or len(known) == 1:  # raw pixels have no other, and are judged beside
     return known
   for kind in kinds:
-    if kind not in known:
-      raise ValueError(f"unknown kind of vector {kind!r}; this encoder has: {', '.join(known)}")
+    evaluation.check_kind(kind)
   if not kinds:
     raise ValueError(f"kinds is empty; give one or more of {', '.join(known)}, or all")
   return kinds

@@ -46,8 +46,7 @@ def run(evaluation: Evaluation, *, kind: str = "pooled", bank: str = "test") -> 
   known = evaluation.kinds()
   if len(known) == 1:  # raw pixels have no other, and are judged beside
     kind = known[0]
-  if kind not in known:
-    raise ValueError(f"unknown kind of vector {kind!r}; this encoder has: {', '.join(known)}")
+  evaluation.check_kind(kind)
   query, unlabelled = evaluation.labelled("test", kind)
   rows, left_out = query, 0
   if bank == "train":

@@ -23,6 +23,7 @@ from ssrl_jax.state import TrainState
 
 Results = dict[str, dict[str, float]]  # {"trained": {"knn/accuracy": percent, ...}, ...}
 
+DEFAULT_TEST = "test"  # split, if a recipe names no other
 TITLES = {
   "trained": "trained encoder",
   "random_init": "same encoder, random initialisation",
@@ -80,8 +81,15 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   """The test pictures, or None, and a warning where a protocol of `evals` misses something.
 
   Called before training, so that nobody waits for hours to read that there is nothing to measure.
+
+  Raises:
+    ValueError: what cannot be had was asked for by name: a split, so many test pictures, a protocol
+      that brings its own pictures and was told of none.
   """
   config, chosen = experiment.config, select(evals)
+  for name in chosen:
+    if config.evaluate[name].get("source") == "" and chosen[name].needs == "nothing":
+      raise ValueError(f"{name} needs pictures of its own: set evaluate.{name}.source")
   labelled = [name for name, p in chosen.items() if p.needs == "labels"]
   if labelled and not train.num_classes:
     logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
@@ -94,10 +102,10 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   try:
     test = open_split(config, "test")
   except (ValueError, FileNotFoundError) as error:
-    logging.warning(
-      "no test pictures (%s): the encoder will be trained and not evaluated. Give a split with "
-      "--config.data.test, or silence this with --config.evaluate.evals=''", error,
-    )  # fmt: skip
+    fix = "name another split by data.test, or ask for nothing by evals=''"
+    if config.data.test != DEFAULT_TEST or config.data.num_test:
+      raise ValueError(f"no test pictures ({error}): {fix}") from error
+    logging.warning("no test pictures (%s), so the encoder is not judged: %s", error, fix)
     return None
   if train.num_classes:
     check_same_classes(train, test)
@@ -160,7 +168,7 @@ def evaluate_run(
     experiment: `experiment.config` says which pictures and how, so it may differ from the run's in
       the groups data and evaluate.
     encoders: keys of TITLES; empty: all, or by config the trained one alone.
-    keep: is given each encoder's figures as soon as they are there.
+    keep: is given the figures of each protocol, by encoder, as soon as they are there.
     moved: is called at each batch, as the watchdog wants it.
 
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
@@ -185,10 +193,11 @@ def evaluate_run(
     )
     for key, protocol in chosen.items():
       if protocol.pixels or name != "raw_pixels":
-        figures |= protocol.run(evaluation, **experiment.config.evaluate[key])
+        found = protocol.run(evaluation, **experiment.config.evaluate[key])
+        figures |= found
+        keep({name: found})
     if figures:
       results[name] = figures
-      keep({name: figures})
       say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
   return Evaluated(results, trained if test is not None else None)
 

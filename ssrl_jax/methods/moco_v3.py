@@ -42,6 +42,7 @@ def make(
   hidden_dim: int = 4096,
   out_dim: int = 256,
   num_layers: int = 2,
+  predictor_norm: bool = False,
   block: int = 0,
 ) -> Method:
   """MoCo v3's Method.
@@ -54,6 +55,8 @@ def make(
     tau: kept by the moving average at step 0, rising to 1 as half a cosine.
     hidden_dim, out_dim, num_layers: of the projector (2 layers for ResNets, 3 for ViTs); the
       predictor has 2 layers.
+    predictor_norm: whether BatchNorm, without scale and offset, ends the predictor: official for
+      ViTs, not for ResNets.
     block: keys at a time, 0 = all (losses/contrastive.py).
   """
   check_positive("moco_v3", temperature=temperature)
@@ -62,7 +65,7 @@ def make(
   network = JointEmbedding(
     encoder,
     MLP(hidden=hidden_dim, out=out_dim, layers=num_layers),
-    MLP(hidden=hidden_dim, out=out_dim),
+    MLP(hidden=hidden_dim, out=out_dim, final_norm=predictor_norm),
   )
 
   def init(key, views):

@@ -21,7 +21,8 @@ class MLP(nn.Module):
 
     SimCLR         MLP(2048, 128)  (official: the last BatchNorm has a scale)
     MoCo v2        MLP(2048, 128, norm=False, final_norm=False, final_bias=True)
-    MoCo v3        projector MLP(4096, 256, layers=3), predictor MLP(4096, 256)
+    MoCo v3        ViT: projector MLP(4096, 256, layers=3), predictor MLP(4096, 256)
+                   ResNet: projector MLP(4096, 256), predictor MLP(4096, 256, final_norm=False)
     BYOL           projector and predictor MLP(4096, 256, final_norm=False)
     SimSiam        projector MLP(2048, 2048, layers=3),
                    predictor MLP(512, 2048, final_norm=False, final_bias=True)

@@ -212,3 +212,12 @@ def test_views_are_those_of_their_pictures_on_1_and_8_devices():
 def test_too_few_views_are_an_error():
   with pytest.raises(ValueError, match="num_views is 1"):
     geometry.run(make(), num_views=1)
+
+
+def test_vectors_that_an_encoder_does_not_have_are_refused_before_any_are_made():
+  for evaluation in (make(), make(other=make())):
+    with pytest.raises(ValueError, match="'fused'; this encoder has: pooled"):
+      geometry.run(evaluation, kind="fused")
+    assert not evaluation.cache
+  with pytest.raises(ValueError, match="num_test is -1"):
+    geometry.run(make(), num_test=-1)

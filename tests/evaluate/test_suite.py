@@ -37,10 +37,39 @@ def test_test_pictures_of_an_unlabelled_run_are_opened_where_they_are_of_use(
   evals, opened, said, caplog
 ):
   config = smoke.get_config("simclr")
+  config.evaluate.detection.source = "coco:somewhere"
   experiment = build(config, num_examples=128, num_classes=None)
   assert (open_test(experiment, Pictures(None), evals) is not None) == opened
   assert said in caplog.text
   assert bool(caplog.records) == bool(said)
+
+
+def test_a_split_that_was_named_and_is_not_there_is_refused():
+  """Before training, and not passed over: nobody wants to hear of it days later."""
+  config = smoke.get_config("simclr")
+  config.data.test = "tset"
+  experiment = build(config, num_examples=128, num_classes=10)
+  with pytest.raises(ValueError, match=r"no test pictures \(.*tset.*name another split by data"):
+    open_test(experiment, Pictures(10), "knn")
+
+
+def test_pictures_that_nobody_named_may_be_missing(monkeypatch, caplog):
+  def no_split(config, split):
+    raise FileNotFoundError(f"no folder {split}")
+
+  monkeypatch.setattr(suite, "open_split", no_split)
+  config = smoke.get_config("simclr")
+  config.data.num_test = 0
+  experiment = build(config, num_examples=128, num_classes=10)
+  assert open_test(experiment, Pictures(10), "knn") is None
+  assert "no folder test" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["detection", "segmentation"])
+def test_a_protocol_without_its_own_pictures_is_refused_before_anything_runs(name):
+  experiment = build(smoke.get_config("simclr"), num_examples=128, num_classes=10)
+  with pytest.raises(ValueError, match=f"{name} needs pictures of its own: set evaluate.{name}"):
+    open_test(experiment, Pictures(10), f"knn,{name}")
 
 
 @dataclasses.dataclass
@@ -49,20 +78,18 @@ class Judged:
   moved: object = None
 
 
-def test_each_encoder_s_figures_are_kept_before_the_next_is_judged(monkeypatch):
-  """An evaluation that is killed, or fails, has lost no more than the encoder it was at."""
+def test_each_protocol_s_figures_are_kept_before_the_next_one_runs(monkeypatch):
+  """An evaluation that is killed, or fails, has lost no more than the protocol it was at."""
 
-  def control(name, trained, experiment):
-    if name == "random_init":
-      raise OSError("killed here")
-    return trained
+  def killed(evaluation):
+    raise OSError("killed here")
 
   monkeypatch.setattr(suite, "trained_evaluation", lambda *a, **k: Judged())
-  monkeypatch.setattr(suite, "control", control)
-  protocol = Protocol(lambda evaluation: {"knn/accuracy": 5.0}, {})
-  monkeypatch.setattr(suite, "select", lambda evals: {"knn": protocol})
+  monkeypatch.setattr(suite, "control", lambda name, trained, experiment: trained)
+  quick, long = Protocol(lambda evaluation: {"knn/accuracy": 5.0}, {}), Protocol(killed, {})
+  monkeypatch.setattr(suite, "select", lambda evals: {"knn": quick, "finetune": long})
   config, kept = smoke.get_config("simclr"), []
-  config.evaluate.knn = {}
+  config.evaluate.knn = config.evaluate.finetune = {}
   experiment = build(config, num_examples=128, num_classes=10)
   with pytest.raises(OSError, match="killed here"):
     evaluate_run(

@@ -161,6 +161,17 @@ def test_moco_v3_multiplies_each_direction_by_twice_the_temperature(monkeypatch)
   np.testing.assert_allclose(aux.metrics["info_nce"], np.log(B), rtol=1e-5)
 
 
+def test_moco_v3_predictor_ends_in_batchnorm_for_vits_only():
+  """moco/builder.py: MoCo_ResNet's predictor is `_build_mlp(2, dim, mlp_dim, dim, False)`."""
+  for norm in (False, True):
+    method = moco_v3.make(
+      encoder=Given(), views=views(), run=RUN, hidden_dim=4, out_dim=P, predictor_norm=norm
+    )
+    shown = {"global": jnp.zeros((B, 2, 1, 1, P))}
+    _, state = jax.eval_shape(method.init, jax.random.key(0), shown)
+    assert len(state["batch_stats"]["predictor"]) == 1 + norm
+
+
 def test_moco_v2_asks_with_view_0_and_answers_with_view_1(monkeypatch):
   z, rng = embeddings(2), np.random.default_rng(1)
   queue = unit(rng.normal(size=(2 * B, P))).astype(np.float32)
