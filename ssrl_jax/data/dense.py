@@ -12,6 +12,7 @@ import concurrent.futures
 import json
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -143,24 +144,21 @@ class CocoSource:
   def _group(self, images: Sequence[dict], annotations: Sequence[dict]) -> dict[Any, list[dict]]:
     """The annotations of each image; refuses those of unknown images, categories or shape."""
     groups: dict[Any, list[dict]] = {image["id"]: [] for image in images}
-    if len(groups) < len(images):
-      twice = [i for i, n in Counter(image["id"] for image in images).items() if n > 1]
-      raise ValueError(f"{self._file} has {len(twice)} image ids twice, first {twice[0]}; drop one")
     for number, one in enumerate(annotations):
+      if not isinstance(one, dict):
+        raise ValueError(f"{self._file}: annotation {number} is {one!r:.80}; expected an object")
       where = f"{self._file}: annotation {one.get('id', number)}"
-      if one.get("image_id") not in groups:
+      image, category, box = one.get("image_id"), one.get("category_id"), one.get("bbox")
+      if not _is_id(image) or image not in groups:
+        raise ValueError(f"{where} is of image {image!r}, which is not among its images")
+      if not _is_id(category) or category not in self.category_ids:
         raise ValueError(
-          f"{where} is of image {one.get('image_id')}, which is not among its images"
+          f"{where} has category_id {category!r}; expected one of {self.category_ids}: add it to "
+          "the categories, or remove the annotation"
         )
-      if one.get("category_id") not in self.category_ids:
-        raise ValueError(
-          f"{where} has category_id {one.get('category_id')}; expected one of {self.category_ids}: "
-          "add it to the categories, or remove the annotation"
-        )
-      box = one.get("bbox")
-      if not isinstance(box, list) or len(box) != 4 or not np.all(np.isfinite(box)):
+      if not isinstance(box, list) or len(box) != 4 or not all(_is_number(x) for x in box):
         raise ValueError(f"{where} has bbox {box}; expected [left, top, width, height] in pixels")
-      groups[one["image_id"]].append(one)
+      groups[image].append(one)
     return groups
 
   def _present(
@@ -174,7 +172,8 @@ class CocoSource:
         found = (folder / image["file_name"]).is_file()
         (damaged if found else missing).append(image["file_name"])
         continue
-      stated = (image.get("height", size[0]), image.get("width", size[1]))
+      given = (image.get("height"), image.get("width"))
+      stated = tuple(real if one is None else one for one, real in zip(given, size))
       if stated != size:
         raise ValueError(
           f"{self._file} says that {image['file_name']} has {stated[1]}x{stated[0]} pixels, but it "
@@ -215,9 +214,10 @@ class CocoSource:
 class MaskSource:
   """Masks of one channel: class numbers from 0 on, 255 = no class; palettes are read as numbers.
 
-  Picture and mask have the same name up to the extension and the same size. A picture without a
-  mask, or the reverse, is left out. The classes are the lines of PATH/classes.txt; without it there
-  are as many as the highest number in any split's masks says.
+  Picture, upright, and mask have the same name up to the extension and the same size. A picture
+  without a mask, or the reverse, is left out. The classes are the lines of PATH/classes.txt;
+  without it there are as many as the highest number in any split's masks says. Masks of class 0
+  alone are refused, as those that write the foreground as 255 are.
 
   Batches have `mask` uint8 [b, S, S], resized to the canvas by nearest neighbour; 255 outside.
   """
@@ -243,6 +243,11 @@ class MaskSource:
     self._masks = [str(self._root / masks[stem]) for stem in both]
     self.dropped = {"missing_masks": len(bare), "missing_images": len(alone)}
     highest = self._highest_labels()
+    if highest.max() < 1:
+      raise ValueError(
+        f"the {len(highest)} masks in {self._root} have only class 0 (and {IGNORE} = none); "
+        "expected at least 2 classes: write the foreground as 1"
+      )
     self.class_names = _class_names(root)
     self.num_classes = len(self.class_names)
     if highest.max() >= self.num_classes:
@@ -264,9 +269,13 @@ class MaskSource:
 
   def annotate(self, batch: Batch, j: int, i: int) -> None:
     height, width = batch["extent"][j]
-    mask = Image.fromarray(read_mask(self._masks[i]))
+    mask = Image.fromarray(self.mask(i))
     mask = mask.resize((int(width), int(height)), Image.Resampling.NEAREST)
     batch["mask"][j, :height, :width] = np.asarray(mask)
+
+  def mask(self, i: int) -> np.ndarray:
+    """Class numbers of example `i`, uint8 [h, w], of the size of its upright picture."""
+    return read_mask(self._masks[i])
 
   def _highest_labels(self) -> np.ndarray:
     """The highest class number of each mask, -1 if it has none; refuses masks of another size."""
@@ -315,34 +324,73 @@ def _path_of(name: str, kind: str) -> str:
   return path
 
 
-def _read_coco(file: Path) -> tuple[list[dict], list[dict], dict[Any, str]]:
-  """Images, annotations, and names of categories by their id."""
+def _read_coco(file: Path) -> tuple[list[dict], list[Any], dict[Any, str]]:
+  """Images, annotations (not looked at yet), and names of categories by their id."""
   try:
     content = json.loads(file.read_bytes())
-    images, annotations = content["images"], content["annotations"]
-    categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-    complete = all("id" in i and "file_name" in i for i in images)
+    images, annotations, categories = (
+      content[key] for key in ("images", "annotations", "categories")
+    )
+    if not all(isinstance(part, list) for part in (images, annotations, categories)):
+      raise TypeError("one of the three is no list")
   except (ValueError, KeyError, TypeError) as e:
     raise ValueError(
-      f"{file} is not in COCO's format ({type(e).__name__}: {e}); expected an object with images, "
-      "annotations and categories"
+      f"{file} is not in COCO's format ({type(e).__name__}: {e}); expected an object with lists of "
+      "images, annotations and categories"
     ) from e
-  if not images or not categories or not complete:
+  if not images or not categories:
     raise ValueError(
       f"{file} has {len(images)} images and {len(categories)} categories; expected at least one of "
-      "each, and an id and a file_name for every image"
+      "each"
     )
-  return images, annotations, categories
+  for one_is, entries, name, kind in (
+    ("image", images, "file_name", str),
+    ("category", categories, "name", str | int),
+  ):
+    for number, one in enumerate(entries):
+      if not (isinstance(one, dict) and _is_id(one.get("id")) and isinstance(one.get(name), kind)):
+        raise ValueError(
+          f"{file}: {one_is} {number} in the list is {one!r:.80}; expected an object with an id, a "
+          f"number or a word, and a {name}"
+        )
+    _refuse_repeats(file, f"{one_is} ids", [one["id"] for one in entries])
+  _refuse_repeats(file, "file_names", [os.path.normpath(image["file_name"]) for image in images])
+  for image in images:
+    for key in ("height", "width"):
+      if image.get(key) is not None and not _is_number(image[key]):
+        raise ValueError(
+          f"{file}: image {image['id']} has {key} {image[key]!r}; expected pixels, or none stated"
+        )
+  words = [one["id"] for one in categories if isinstance(one["id"], str)]
+  if 0 < len(words) < len(categories):
+    raise ValueError(
+      f"{file} has words as category ids, first {words[0]!r}, and numbers; expected one kind"
+    )
+  return images, annotations, {one["id"]: str(one["name"]) for one in categories}
+
+
+def _refuse_repeats(file: Path, what: str, values: list) -> None:
+  twice = [value for value, n in Counter(values).items() if n > 1]
+  if twice:
+    raise ValueError(f"{file} has {len(twice)} {what} twice, first {twice[0]}; drop one")
+
+
+def _is_id(value: Any) -> bool:
+  return isinstance(value, str) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+  """Finite, also as a float; a truth value is none."""
+  is_real = isinstance(value, int | float) and not isinstance(value, bool)
+  return is_real and abs(value) <= sys.float_info.max
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
   if (root / "classes.txt").is_file():
-    lines = (root / "classes.txt").read_text(encoding="utf-8").splitlines()
+    lines = (root / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
-  masks = [str(path) for path in sorted((root / "masks").rglob("*.png"))]
+  masks = [str(root / "masks" / p) for p in _pictures(root / "masks") if p.lower().endswith(".png")]
   highest = _in_threads(lambda path: _highest(read_mask(path)), masks)
-  if max(highest) < 0:
-    raise ValueError(f"the masks in {root / 'masks'} have no number but {IGNORE}; add classes.txt")
   return tuple(str(number) for number in range(max(highest) + 1))
 
 
@@ -368,13 +416,22 @@ def _in_threads(function: Callable, items: Sequence) -> list:
 
 
 def _pictures(folder: Path) -> list[str]:
-  paths = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-  return sorted(str(p.relative_to(folder)) for p in paths)
+  """Relative paths; hidden files and folders are left out."""
+  paths = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+  return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
 
 
 def _by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
-  """Relative path without extension -> relative path."""
-  return {os.path.splitext(p)[0]: p for p in _pictures(folder) if p.lower().endswith(extensions)}
+  """Relative path without extension -> relative path; two of one name are refused."""
+  found: dict[str, str] = {}
+  for path in _pictures(folder):
+    stem, extension = os.path.splitext(path)
+    if extension.lower() not in extensions:
+      continue
+    if stem in found:
+      raise ValueError(f"{folder} has {found[stem]} and {path}; give them two names, or drop one")
+    found[stem] = path
+  return found
 
 
 def _warn(names: list[str], what: str) -> None:

@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 # changed so shortly before it was listed may change again without a trace.
 SETTLED_NS = 3_000_000_000
 
-VERSION = b"ssrl_jax 1\n"  # raised when the arrays change their meaning
+VERSION = b"ssrl_jax 2\n"  # raised when the arrays change their meaning
 
 
 class Names:

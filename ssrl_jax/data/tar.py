@@ -35,7 +35,7 @@ class TarSource:
 
   A member's KEY is its path up to the first dot of the file name, so a.seg.png is no picture of
   a.cls; how many such there are is said. Classes are numbers, 0 to the largest one, or else names,
-  sorted, over the archives of all splits; an example without one has the label -1.
+  sorted, over the archives of all splits; an example without one, or of -1, has the label -1.
   """
 
   def __init__(self, path: str, *, split: str):
@@ -83,7 +83,8 @@ class TarSource:
 
 
 def _labels(classes: list[str], known: set[str]) -> tuple[tuple[str, ...], np.ndarray]:
-  """Names of the classes, and labels [N] of examples in `classes`, "" being none."""
+  """Names of the classes, and labels [N] of examples in `classes`, "" and "-1" being none."""
+  known, classes = known - {"-1"}, ["" if c == "-1" else c for c in classes]
   if all(c.isdecimal() for c in known):
     names = tuple(str(k) for k in range(max((int(c) + 1 for c in known), default=0)))
     labels = [int(c) if c else -1 for c in classes]
@@ -151,4 +152,5 @@ def _label_of_json(content: bytes) -> str:
     label = json.loads(content)["label"]
   except (ValueError, KeyError, TypeError):
     return ""
-  return str(label) if isinstance(label, int | str) else ""
+  is_label = isinstance(label, int | str) and not isinstance(label, bool)
+  return str(label) if is_label else ""

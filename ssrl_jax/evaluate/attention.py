@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ssrl_jax import parallel
-from ssrl_jax.data.decode import FORMATS, DamagedImage
-from ssrl_jax.data.listing import EXTENSIONS, find_split
+from ssrl_jax.data.dense import IGNORE, MaskSource, open_masks
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.method import Array, Features
 from ssrl_jax.pixels import normalise
@@ -59,10 +57,9 @@ def run(
       coarsest map with the mean over all places. "occlusion" (Zeiler & Fergus 2014): 1 - cosine
       between the pooled vectors of the picture and of the picture with a grey square at that place.
       "auto": attention if the encoder has it, else occlusion. None takes a gradient.
-    source: "masks:PATH": pictures PATH/images/SPLIT/STEM.* with masks PATH/masks/SPLIT/STEM.*,
-      whose values are class numbers; empty: the test pictures, without masks.
+    source: "masks:PATH", see `data.dense.MaskSource`; empty: the test pictures, without masks.
     split: of `source`.
-    target: the value of the mask that is the object; -1: every value but 0.
+    target: the class of the mask that is the object; -1: all but 0. 255, no class, is outside it.
     num_test: pictures, spread evenly; 0: all.
     num_shown: of them on the sheet: picture, map, and the mask's outline in white.
     window: side of the occluding square as a share of the view; it moves by half of it.
@@ -84,7 +81,8 @@ def run(
     raise ValueError(f"attention: window is {window}; expected a share above 0 and at most 1")
   pictures, masks = evaluation, None
   if source:
-    found, found_masks = read_masks(source, split, target)
+    opened = open_masks(source, split=split)
+    found, found_masks = Pictures(opened), Masks(opened, target)
     pictures = dataclasses.replace(evaluation, test=found, cache={})
     masks = dataclasses.replace(evaluation, test=found_masks, cache={})
   compute = _maps_of(evaluation, kind, window)
@@ -255,80 +253,35 @@ def _figures(sums: Sums, *, with_masks: bool) -> dict[str, float]:
 
 
 class Pictures:
-  """Files as a Source without labels."""
+  """Those of a MaskSource, as a Source without labels."""
 
   num_classes, class_names = None, ()
 
-  def __init__(self, paths: list[Path]):
-    self.paths = paths
+  def __init__(self, source: MaskSource):
+    self._source = source
 
   def __len__(self) -> int:
-    return len(self.paths)
+    return len(self._source)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    return {"image": self.paths[i], "label": -1}
+    return {"image": self._source.paths[i], "label": -1}
 
   def __repr__(self) -> str:
-    return f"{type(self).__name__}({str(self.paths[0].parent)!r}, num_examples={len(self)})"
+    return f"{type(self).__name__}({self._source!r})"
 
 
 class Masks(Pictures):
-  """Their masks: white where the target is, black elsewhere."""
+  """Their masks: white where the target is, black elsewhere, also where there is no class."""
 
-  def __init__(self, paths: list[Path], images: list[Path], target: int):
-    super().__init__(paths)
-    self._images, self._target = images, target
+  def __init__(self, source: MaskSource, target: int):
+    super().__init__(source)
+    self._target = target
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    try:
-      with Image.open(self.paths[i], formats=FORMATS) as mask:
-        values = np.asarray(mask)  # never converted: a palette's numbers are the classes
-      with Image.open(self._images[i], formats=FORMATS) as image:
-        size = image.size
-    except OSError as error:
-      raise DamagedImage(f"{self.paths[i]} or its picture: {error}") from error
-    if values.ndim != 2 or values.shape != size[::-1]:
-      raise ValueError(
-        f"{self.paths[i]} has shape {values.shape}; expected {size[::-1]}, as its picture, of "
-        "class numbers"
-      )
-    inside = values != 0 if self._target == -1 else values == self._target
-    return {"image": inside.astype(np.uint8) * 255, "label": -1}
-
-
-def read_masks(source: str, split: str, target: int) -> tuple[Pictures, Masks]:
-  """The pictures of "masks:PATH", and their masks in the same order.
-
-  Raises:
-    FileNotFoundError: no such folders, or a picture without a mask.
-    ValueError: not "masks:PATH", or no pictures.
-  """
-  form, _, path = source.partition(":")
-  if form != "masks" or not path:
-    raise ValueError(f"attention: source is {source!r}; expected 'masks:PATH' or ''")
-  root = Path(path).expanduser()
-  if not (root / "images").is_dir():
-    raise FileNotFoundError(f"no folder {root / 'images'}; masks:PATH needs images/ and masks/")
-  splits = tuple(sorted(p.name for p in (root / "images").iterdir() if p.is_dir()))
-  split = find_split(split, splits, where=str(root / "images"))
-  images, masks = (
-    {p.stem: p for p in sorted((root / part / split).glob("*")) if _is_picture(p)}
-    for part in ("images", "masks")
-  )
-  if not images:
-    raise ValueError(f"no pictures in {root / 'images' / split}; expected e.g. .jpg or .png")
-  lacking = [stem for stem in images if stem not in masks]
-  if lacking:
-    raise FileNotFoundError(
-      f"{len(lacking)} of {len(images)} pictures have no mask in {root / 'masks' / split}, the "
-      f"first {lacking[0]}; give each one of the same name"
-    )
-  paths = list(images.values())
-  return Pictures(paths), Masks([masks[stem] for stem in images], paths, target)
-
-
-def _is_picture(path: Path) -> bool:
-  return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    mask_hw = self._source.mask(i)
+    wanted_hw = mask_hw != 0 if self._target == -1 else mask_hw == self._target
+    inside_hw = wanted_hw & (mask_hw != IGNORE)
+    return {"image": inside_hw.astype(np.uint8) * 255, "label": -1}
 
 
 def _mask_views(masks: Evaluation | None, num_test: int) -> Iterator[np.ndarray | None]:

@@ -115,7 +115,7 @@ def read_groups(path: str, num_test: int) -> np.ndarray:
       raise ValueError(f"{file} holds {found.dtype} {found.shape}; expected whole numbers [N]")
     groups = np.where(found < 0, "", found.astype(str))
   elif file.suffix == ".csv":
-    with file.open(newline="") as opened:
+    with file.open(newline="", encoding="utf-8-sig") as opened:
       reader = csv.DictReader(opened)
       if "group" not in (reader.fieldnames or ()):
         raise ValueError(f"{file} has columns {reader.fieldnames}; one must be 'group'")

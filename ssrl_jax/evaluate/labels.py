@@ -101,7 +101,8 @@ def read_list(file: str, source: Source) -> np.ndarray:
   path = Path(file).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f"no file {path}; labels_file names a text file, one picture a line")
-  lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+  text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines:
     raise ValueError(f"{path} is empty; expected a file name or a position on each line")
   positions = all(line.isdecimal() for line in lines)

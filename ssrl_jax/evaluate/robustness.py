@@ -149,14 +149,24 @@ def _baseline(
     return "alexnet", {n: 100 * error for n, error in ALEXNET_ERROR.items()}
   if not baseline:
     return None
-  found = json.loads(Path(baseline).read_text())
+  path = Path(baseline).expanduser()
+  if not path.is_file():
+    raise FileNotFoundError(f"robustness.baseline: no file {path}; give a robustness.json")
   ours = {"table": table, "size": evaluation.size, "num_test": num_test}
-  theirs = {key: found[key] for key in ours}
+  try:
+    found = json.loads(path.read_bytes())
+    name, theirs = str(found["name"]), {key: found[key] for key in ours}
+    errors = {n: float(found["errors"][n]) for n in NAMES}
+  except (ValueError, KeyError, TypeError) as e:
+    raise ValueError(
+      f"robustness.baseline: {path} is not the robustness.json that this protocol writes "
+      f"({type(e).__name__}: {e}); give that of another run"
+    ) from e
   if ours != theirs:
-    raise ValueError(f"{baseline} is of {theirs}, this evaluation of {ours}; they must be alike")
-  if min(found["errors"].values()) <= 0:
-    raise ValueError(f"{baseline} has an error of 0 for a corruption, by which mCE cannot divide")
-  return found["name"], found["errors"]
+    raise ValueError(f"{path} is of {theirs}, this evaluation of {ours}; they must be alike")
+  if min(errors.values()) <= 0:
+    raise ValueError(f"{path} has an error of 0 for a corruption, by which mCE cannot divide")
+  return name, errors
 
 
 def _judge(

@@ -165,6 +165,20 @@ def test_missing_unlisted_and_bare_pictures_are_counted(tmp_path, caplog):
     (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "bbox .*nan"),
     (lambda c: c["images"][1].update(id=10), "1 image ids twice, first 10"),
     (lambda c: c["images"][1].update(width=64), "1.png has 64x32 pixels, but it has 32x32"),
+    (lambda c: c["images"][1].update(file_name="./0.png"), "1 file_names twice, first 0.png"),
+    (lambda c: c["categories"][1].update(id=5), "1 category ids twice, first 5"),
+    (lambda c: c["categories"][1].update(id="x"), "words as category ids, first 'x', and numbers"),
+    (lambda c: c["categories"].append(None), "train.json: category 3 in the list is None"),
+    (lambda c: c["images"][1].update(id=[1]), r"train.json: image 1 in the list is {'id': \[1\]"),
+    (lambda c: c["images"][1].update(file_name=7), "image 1 in the list is .*'file_name': 7"),
+    (lambda c: c["images"][1].update(height="32"), "train.json: image 11 has height '32'"),
+    (lambda c: c["annotations"].insert(1, 7), "train.json: annotation 1 is 7; expected an object"),
+    (lambda c: c["annotations"][3].update(image_id=[10]), r"annotation 4 is of image \[10\]"),
+    (lambda c: c["annotations"][3].update(category_id="5"), "annotation 4 has category_id '5'"),
+    (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), r"annotation 1 has bbox \['1', 2"),
+    (lambda c: c["annotations"][0].update(bbox=[None, 2, 3, 4]), "annotation 1 has bbox .None, 2"),
+    (lambda c: c["annotations"][0].update(bbox=[True, 2, 3, 4]), "annotation 1 has bbox .True, 2"),
+    (lambda c: c.update(annotations=None), "not in COCO's format"),
     (lambda c: c.pop("categories"), "not in COCO's format"),
     (lambda c: c.update(images=[]), "0 images and 3 categories"),
   ],
@@ -174,6 +188,11 @@ def test_broken_annotations_are_refused_in_one_line(tmp_path, change, message):
   with pytest.raises(ValueError, match=message) as error:
     open_boxes(name, split="train")
   assert "\n" not in str(error.value)
+
+
+def test_a_size_of_null_is_none_stated(tmp_path):
+  name = write_coco(tmp_path, n=2, change=lambda c: c["images"][1].update(height=None, width=None))
+  assert open_boxes(name, split="train").sizes.tolist() == [[32, 32]] * 2
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path):
@@ -211,6 +230,10 @@ def beyond(i, mask):
   [
     (wider, "2 of 3 masks have another size than their picture, first .*1.png has 33x32 pixels"),
     (beyond, "of 3 masks have numbers beyond the 4 classes, first .* with 9; expected 0 to 3"),
+    (
+      lambda i, mask: np.where(mask > 0, np.uint8(255), 0),
+      "the 3 masks in .*train have only class 0 .*write the foreground as 1",
+    ),
     (lambda i, mask: np.stack([mask] * 3, -1), "has 3 channels; expected one of class numbers"),
     (lambda i, mask: mask.astype(np.uint16) + 300, "numbers from 300 to 30[0-3]; at most 255"),
   ],
@@ -220,6 +243,30 @@ def test_broken_masks_are_refused_in_one_line(tmp_path, change, message):
   with pytest.raises(ValueError, match=message) as error:
     open_masks(name, split="train")
   assert "\n" not in str(error.value)
+
+
+def test_masks_of_one_class_are_refused_without_a_list_too(tmp_path):
+  name = write_masks(tmp_path, n=2, change=lambda i, mask: np.where(mask > 0, np.uint8(255), 0))
+  (tmp_path / "classes.txt").unlink()
+  with pytest.raises(ValueError, match=r"have only class 0 .*write the foreground as 1"):
+    open_masks(name, split="train")
+
+
+def test_two_pictures_of_one_name_are_refused_and_hidden_files_passed_over(tmp_path):
+  name = write_masks(tmp_path, n=2)
+  for part in ("images", "masks"):  # as macOS leaves them in an archive
+    (tmp_path / part / "train" / "._0.png").write_bytes(b"no picture")
+  assert len(open_masks(name, split="train")) == 2
+  save(tmp_path / "images" / "train" / "1.bmp", draw(1)[0])
+  with pytest.raises(ValueError, match=r"train has 1\.bmp and 1\.png; give them two names"):
+    open_masks(name, split="train")
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_the_first_class(tmp_path):
+  name = write_masks(tmp_path, n=2)
+  classes = tmp_path / "classes.txt"
+  classes.write_text(classes.read_text(), encoding="utf-8-sig")
+  assert open_masks(name, split="train").class_names[0] == "ground"
 
 
 def test_pictures_without_mask_and_the_reverse_are_left_out_and_counted(tmp_path, caplog):

@@ -96,6 +96,20 @@ def test_classes_may_be_names_or_in_json_or_missing(tmp_path):
   assert (source.num_classes, source.class_names, source.labels.tolist()) == (None, (), [-1])
 
 
+def test_minus_one_is_no_class_and_a_truth_value_no_label(tmp_path):
+  pack(tmp_path / "a.tar", [
+    ("1.cls", "-1"), ("1.png", picture(1)), ("2.json", '{"label": -1}'), ("2.png", picture(2)),
+    ("3.json", '{"label": true}'), ("3.png", picture(3)), ("4.cls", "10"), ("4.png", picture(4)),
+    ("5.json", '{"label": 2}'), ("5.png", picture(5)),
+  ])  # fmt: skip
+  source = open_source(f"tar:{tmp_path}", split="train")
+  assert source.class_names == tuple(str(k) for k in range(11))
+  assert source.labels.tolist() == [-1, -1, -1, 10, 2]
+  pack(tmp_path / "a.tar", [("1.cls", "-1"), ("1.png", picture(1))])
+  source = open_source(f"tar:{tmp_path}", split="train")
+  assert (source.num_classes, source.labels.tolist()) == (None, [-1])
+
+
 def test_member_names_are_split_at_the_first_dot(tmp_path, caplog):
   name = os.fsdecode(b"d.ir/caf\xe9 " + b"x" * 200)
   pack(tmp_path / "a.tar", [

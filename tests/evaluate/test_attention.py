@@ -133,13 +133,30 @@ def test_any_value_but_0_is_the_target_by_default(masked):
     attention.run(make(), source=f"masks:{masked}", target=9)
 
 
+def test_masks_are_read_as_for_segmentation(tmp_path):
+  """A picture on its side in a folder of its own; left half object, right half of no class."""
+  for part in ("images", "masks"):
+    (tmp_path / part / "val" / "sub").mkdir(parents=True)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  sideways = Image.new("RGB", (3 * SIZE, 2 * SIZE), "white")
+  sideways.save(tmp_path / "images" / "val" / "sub" / "p.jpg", exif=exif)
+  mask = np.full((3 * SIZE, 2 * SIZE), 255, np.uint8)
+  mask[:, :SIZE] = 7
+  Image.fromarray(mask).save(tmp_path / "masks" / "val" / "sub" / "p.png")
+  Image.new("RGB", (4, 4)).save(tmp_path / "images" / "val" / "bare.jpg")
+  figures = attention.run(make(1), source=f"masks:{tmp_path}")
+  assert (figures["attention/num_test"], figures["attention/masked"]) == (1, 1)
+  assert figures["attention/area"] == pytest.approx(50)
+
+
 def test_masks_that_do_not_fit_are_errors(masked):
   mask = masked / "masks" / "val" / "p3.png"
   Image.fromarray(np.ones((SIZE, SIZE), np.uint8)).save(mask)
-  with pytest.raises(ValueError, match=r"p3\.png has shape \(16, 16\); expected \(32, 32\)"):
+  with pytest.raises(ValueError, match=r"1 of 7 masks .*p3\.png has 16x16 pixels, its .* 32x32"):
     attention.run(make(), source=f"masks:{masked}")
-  mask.unlink()
-  with pytest.raises(FileNotFoundError, match=r"1 of 7 pictures have no mask .*the first p3"):
+  Image.new("RGB", (4, 4)).save(masked / "images" / "val" / "p4.png")
+  with pytest.raises(ValueError, match=r"val has p4\.jpg and p4\.png"):
     attention.run(make(), source=f"masks:{masked}")
   with pytest.raises(ValueError, match="expected 'masks:PATH'"):
     attention.run(make(), source="folder:x")

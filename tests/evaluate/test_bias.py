@@ -71,6 +71,11 @@ def test_groups_are_counted_and_the_worst_is_found(tmp_path):
   assert bias.run(judge(), groups=str(tmp_path / "g.csv"), probe_epochs=20) == figures
 
 
+def test_groups_saved_by_excel_are_read(tmp_path):
+  (tmp_path / "g.csv").write_text("group\r\nnorth\r\n-1\r\n", encoding="utf-8-sig")
+  assert bias.read_groups(str(tmp_path / "g.csv"), 2).tolist() == ["north", ""]
+
+
 def test_groups_that_do_not_fit_are_errors(tmp_path):
   path = tmp_path / "g.npy"
   np.save(path, np.zeros(59, int))

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 def listed(tmp_path, text):
   path = tmp_path / "list.txt"
-  path.write_text(text)
+  path.write_text(text, encoding="utf-8")
   return str(path)
 
 
@@ -85,6 +85,10 @@ def test_list_of_names_finds_the_pictures(folder, tmp_path):
 
 def test_list_of_positions_is_taken(folder, tmp_path):
   np.testing.assert_array_equal(read_list(listed(tmp_path, "3\n0"), folder), [0, 3])
+
+
+def test_list_may_begin_with_the_mark_of_an_editor(folder, tmp_path):
+  np.testing.assert_array_equal(read_list(listed(tmp_path, "\ufeff3\n0"), folder), [0, 3])
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,20 @@ def test_baseline_of_another_run_is_named_and_must_be_alike(few, tmp_path):
     robustness.run(evaluation, num_test=9, **options)
 
 
+def test_baseline_that_is_another_file_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  path = tmp_path / "robustness.json"
+  whole = {"name": "x", "table": "cifar10_c", "size": SIZE, "num_test": 0, "errors": {"fog": 50}}
+  for text in ("no JSON", "[1]", '{"linear/top1": 3}', json.dumps(whole)):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} is not the robustness.json that") as error:
+      robustness.run(make(1), baseline="~/robustness.json")
+    assert "\n" not in str(error.value)
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=f"baseline: no file {path}"):
+    robustness.run(make(1), baseline="~/robustness.json")
+
+
 @pytest.mark.parametrize(
   ("options", "match"),
   [
