@@ -4,7 +4,7 @@ from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
 from ssrl_jax.tables import Column, Judge, Row, Table, resolve
 
 # The seeds of each factor of the learning rate.
-SEEDS = {0.1: (0,), 0.3: (0,), 1.0: (0, 1, 2), 3.0: (0,)}
+SEEDS = {0.1: (0,), 1.0: (0, 1, 2), 3.0: (0,)}
 
 
 def get_table(budget: str) -> Table:
