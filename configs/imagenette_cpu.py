@@ -3,7 +3,7 @@
 Command   python -m ssrl_jax.main --config=configs/imagenette_cpu.py:METHOD
             --config.data.source=folder:PATH     (class folders under PATH/train and PATH/val)
 Hardware  2 CPU cores
-Time      5 to 7 CPU minutes on 2,800 photographs of shorter side 128 (516 steps)
+Time      3 to 8 CPU minutes on 2,800 photographs of shorter side 128 (516 steps)
 Expected  fusion: online probe 45 % after 12 epochs; docs/results.md, "Segmentation"
 Status    run for fusion, simclr, swav, moco_v2 and finegrained
 """

@@ -21,7 +21,7 @@ def help_asked(argv: list[str], text: str, values: flags.FlagValues) -> bool:
   for name in values:
     flag, module = values[name], values.find_module_defining_flag(name) or ""
     if module in ("__main__", sys.argv[0]) or module.startswith("ssrl_jax"):  # not a library's
-      default = "" if flag.default in (None, "", False) else f" [{flag.default}]"
+      default = "" if flag.default in (None, "", False, -1) else f" [{flag.default}]"
       print_line(f"  --{name:<20} {flag.help}{default}")
   return True
 

@@ -2,7 +2,10 @@
 
 Trains (from the newest checkpoint of the folder, if it has one), evaluates, and writes results.json
 and report.html. `--config=FILE --help` lists every knob of a recipe with its value, `--dry_run`
-says what it would cost.
+says what it would cost. What a knob means stands in ssrl_jax/config.py, or in the docstring of what
+it belongs to: ssrl_jax/methods/METHOD.py, models/, method.py (views), evaluate/PROTOCOL.py.
+
+  python -m ssrl_jax.main --config=configs/digits.py:simclr --config.epochs=20
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 One command for one results table, or with --table=configs/tables[:BUDGET] for all of that folder.
 It trains what is missing (and goes on with what was stopped), evaluates what is missing, and writes
 DIR/NAME-BUDGET.md, .csv, .tex, .png and .json. What was not run is shown as not run. Tables that
-share a folder share its runs.
+share a folder share its runs. BUDGET: local (the default, for two CPU cores and the sets below
+--data, laid out as configs/tables/__init__.py says) or paper (the publications' settings, for
+pods).
 """
 
 from __future__ import annotations
@@ -384,12 +386,12 @@ def values(table: Table, row: Row, column: Column, workdirs: Sequence[Path]) -> 
 def plan(tables: Sequence[Table], workdirs: Sequence[Path], *, say: Callable[[str], None]) -> None:
   """Prints what is missing and what training it would cost."""
   to_train: dict[tuple[str, int], Run] = {}
-  to_judge: set[tuple[Path, tuple[str, ...]]] = set()
+  to_judge: set[Path] = set()
   for table in tables:
     runs, judged = missing(table, workdirs)
     to_train |= {(r.training.name, r.seed): r for r in runs}
-    for run, key, encoders in judged:
-      to_judge.add((judged_file(run.folder(workdirs), key, table.judges[key]), encoders))
+    for run, key, _ in judged:
+      to_judge.add(judged_file(run.folder(workdirs), key, table.judges[key]))
   here = measured_matmul_flops() * ASSUMED_MFU * 3600
   total_reference = total_here = 0.0
   say(f"{'run':<44}{'steps':>9}{'FLOP a step':>13}{'FLOPs':>10}{'H200 h':>9}{'here h':>9}")
@@ -423,7 +425,7 @@ def cli(argv: list[str]) -> int:
     flags.DEFINE_string(
       "rows",
       "1/1",
-      "i/n: every n-th training from the i-th on, to spread tables over machines or cores.",
+      "i/n: of all trainings every n-th from the i-th on, to spread them over machines or cores.",
       v,
     )
     flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", v)

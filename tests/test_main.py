@@ -136,7 +136,7 @@ def test_python_of_the_readme_gives_features(finished):
   folder, _, _ = finished
   text = (ROOT / "README.md").read_text()
   code = re.search(r"\*\*From Python\*\*.*?```python\n(.*?)```", text, re.DOTALL)[1]
-  names = {"images": np.zeros((2, 32, 32, 3), np.float32)}
+  names = {"pixels": np.zeros((2, 32, 32, 3), np.uint8)}
   exec(code.replace("runs/digits-fusion", str(folder)), names)
   features = names["features"]
   assert features.pooled.ndim == 2
@@ -281,7 +281,7 @@ def test_bad_arguments_give_one_line_with_the_fix(arguments, message, tmp_path):
   [
     (MAIN, [], ["--dry_run", "--workdir", "--config.KEY"]),
     (MAIN, [SMOKE + ":byol"], ["--config.method.tau [0.99]", "--config.batch_size [16]"]),
-    (EVALUATE, [], ["--workdir", "--evals", "[knn,linear]"]),
+    (EVALUATE, [], ["--workdir", "segmentation,robustness", "[knn,linear]", "--GROUP.KEY"]),
     ("ssrl_jax.tables", [], ["--plan", "--rows"]),
     ("ssrl_jax.replay", [], ["--step"]),
     ("ssrl_jax.data.cluster", [], ["--num_clusters"]),
@@ -293,6 +293,13 @@ def test_help_lists_the_flags_and_what_the_recipe_lets_be_set(module, arguments,
   assert out.startswith("python -m ssrl_jax.")
   assert all(line in out for line in lines)
   assert not re.search("grain|logtostderr", out)  # what libraries define
+
+
+def test_help_of_an_evaluation_lists_what_a_run_lets_be_set(finished):
+  code, out, err = run(f"--workdir={finished[0]}", "--help", module=EVALUATE)
+  assert (code, err) == (0, "")
+  assert "  --evaluate.knn.k [20]" in out
+  assert "--optim" not in out
 
 
 def test_empty_folder_names_the_extensions(tmp_path):

@@ -2,7 +2,7 @@
 
   python -m ssrl_jax.data.prepare_tfds cifar10 --data_dir=DIR
 
-Needs TensorFlow (`pip install 'ssrl_jax[prepare]'`); nothing else in the package imports it.
+Needs TensorFlow (`pip install -e '.[prepare]'`); nothing else in the package imports it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   try:
     import tensorflow  # noqa: F401
   except ImportError:
-    raise SystemExit(
-      "preparing a TFDS set needs TensorFlow: pip install 'ssrl_jax[prepare]'"
-    ) from None
+    raise SystemExit("preparing a TFDS set needs TensorFlow: pip install -e '.[prepare]'") from None
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(args.name, data_dir=args.data_dir, file_format="array_record")

@@ -69,7 +69,7 @@ def _prepared_builder(name: str, data_dir: str):
   if not builder.is_prepared():
     raise FileNotFoundError(
       f"tfds:{name} is not prepared in {builder.data_path}. Prepare it once, with TensorFlow:\n"
-      f"  pip install 'ssrl_jax[prepare]'\n  {prepare}"
+      f"  pip install -e '.[prepare]'\n  {prepare}"
     )
   formats = sorted(f.value for f in builder.info.available_file_formats())
   if "array_record" not in formats:

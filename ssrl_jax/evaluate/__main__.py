@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from ssrl_jax import processes
 from ssrl_jax.command_line import help_asked, print_line
 from ssrl_jax.config import flatten
+from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
 from ssrl_jax.experiment import open_split
 from ssrl_jax.options import nearest
@@ -72,18 +73,26 @@ def cli(argv: list[str]) -> int:
   def program() -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "The run's folder.", values)
-    flags.DEFINE_string("evals", "knn,linear", "Which, separated by commas.", values)
+    flags.DEFINE_string("evals", "knn,linear", f"Some of {','.join(EVALS)}.", values)
     flags.DEFINE_string(
-      "encoders", "", "trained, random_init, raw_pixels; default: as config.evaluate.controls",
-      values,
+      "encoders", "", "Some of trained,random_init,raw_pixels; default: all, or the first alone "
+      "without evaluate.controls.", values,
     )  # fmt: skip
-    flags.DEFINE_string("other", "", "A second run's folder, for what compares two.", values)
+    flags.DEFINE_string("other", "", "A second run's folder, for CKA in geometry.", values)
     flags.DEFINE_string(
       "out", "", "NAME.json for the figures; default: WORKDIR/evaluation.json", values
     )
     processes.define_flags(values)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     if help_asked(argv, __doc__, values):
+      told = [a for a in argv if a.startswith("--workdir=")]
+      folder = Path(told[0].removeprefix("--workdir=")).expanduser() if told else None
+      keys = {
+        "GROUP.KEY": "evaluate, data, mesh of a run's config: --workdir=DIR --help lists them"
+      }
+      for key, value in (flatten(load_config(folder)) if folder else keys).items():
+        if key.split(".")[0] in ("GROUP", *GROUPS):
+          print_line(f"  --{key} [{value}]")
       return 0
     values(argv, known_only=True)
     if not values.workdir:

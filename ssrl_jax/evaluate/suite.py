@@ -83,7 +83,7 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   Called before training, so that nobody waits for hours to read that there is nothing to measure.
 
   Raises:
-    ValueError: what cannot be had was asked for by name: a split, so many test pictures, a protocol
+    ValueError: what cannot be had was asked for by name: a split that is no default, a protocol
       that brings its own pictures and was told of none.
   """
   config, chosen = experiment.config, select(evals)
@@ -102,8 +102,8 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   try:
     test = open_split(config, "test")
   except (ValueError, FileNotFoundError) as error:
-    fix = "name another split by data.test, or ask for nothing by evals=''"
-    if config.data.test != DEFAULT_TEST or config.data.num_test:
+    fix = "name another split by data.test, or judge nothing by evaluate.evals=''"
+    if config.data.test != DEFAULT_TEST:
       raise ValueError(f"no test pictures ({error}): {fix}") from error
     logging.warning("no test pictures (%s), so the encoder is not judged: %s", error, fix)
     return None

@@ -320,7 +320,7 @@ def test_unprepared_tfds_says_how_to_prepare_it_without_a_network(tmp_path, monk
   monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("used the network"))
   with pytest.raises(FileNotFoundError) as error:
     open_source("tfds:cifar10", split="train", data_dir=str(tmp_path))
-  assert "pip install 'ssrl_jax[prepare]'" in str(error.value)
+  assert "pip install -e '.[prepare]'" in str(error.value)
   assert f"python -m ssrl_jax.data.prepare_tfds cifar10 --data_dir={tmp_path}" in str(error.value)
 
 
@@ -345,7 +345,7 @@ def test_columns_are_found_or_listed():
 
 def test_preparing_without_tensorflow_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow", None)
-  with pytest.raises(SystemExit, match=r"pip install 'ssrl_jax\[prepare\]'"):
+  with pytest.raises(SystemExit, match=r"pip install -e '\.\[prepare\]'"):
     prepare_tfds.main(["cifar10"])
 
 

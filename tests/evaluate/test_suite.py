@@ -59,7 +59,6 @@ def test_pictures_that_nobody_named_may_be_missing(monkeypatch, caplog):
 
   monkeypatch.setattr(suite, "open_split", no_split)
   config = smoke.get_config("simclr")
-  config.data.num_test = 0
   experiment = build(config, num_examples=128, num_classes=10)
   assert open_test(experiment, Pictures(10), "knn") is None
   assert "no folder test" in caplog.text
