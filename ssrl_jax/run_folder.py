@@ -172,8 +172,8 @@ def merge_evaluation(
   record = same | {"results": {}, "options": {}}
   if path.exists():
     old = json.loads(path.read_text())
-    if all(old.get(key) == value for key, value in same.items()):
-      record = old
+    if all(old.get(key, value) == value for key, value in same.items()):
+      record = old | same  # older files have no "view"
   new = {figure.split("/")[0] for figures in results.values() for figure in figures}
   for name in new:
     given = json.loads(json.dumps(options["evaluate"][name]))  # tuples as they come back

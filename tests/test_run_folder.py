@@ -38,6 +38,16 @@ def test_figures_by_other_options_are_dropped_for_all_encoders(tmp_path):
   assert merge(path, new, **larger)["results"] == new
 
 
+def test_figures_of_an_older_form_of_the_file_are_kept(tmp_path):
+  path = tmp_path / "evaluation.json"
+  record = merge(path, {"trained": {"knn/accuracy": 1.0}})
+  del record["view"]
+  path.write_text(json.dumps(record))
+  record = merge(path, {"raw_pixels": {"knn/accuracy": 2.0}})
+  assert sorted(record["results"]) == ["raw_pixels", "trained"]
+  assert "view" in record
+
+
 def test_figures_of_another_state_or_of_other_pictures_are_dropped(tmp_path):
   path, new = tmp_path / "evaluation.json", {"trained": {"linear/accuracy": 3.0}}
   for change in ({"digest": "e"}, {"options": OPTIONS | {"data": {"source": "b"}}}):
