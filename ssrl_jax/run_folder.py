@@ -178,9 +178,10 @@ def merge_evaluation(
   for name in new:
     given = json.loads(json.dumps(options["evaluate"][name]))  # tuples as they come back
     if record["options"].get(name) != given:
-      for encoder, old in record["results"].items():
-        kept = {f: value for f, value in old.items() if f.split("/")[0] != name}
-        record["results"][encoder] = kept
+      record["results"] = {
+        encoder: {f: value for f, value in figures.items() if f.split("/")[0] != name}
+        for encoder, figures in record["results"].items()
+      }
     record["options"][name] = given
   for encoder, figures in results.items():
     record["results"][encoder] = record["results"].get(encoder, {}) | figures

@@ -174,6 +174,17 @@ def test_evaluate_names_the_nearest_option_and_what_a_file_must_be(finished):
     assert expected in err
 
 
+def test_evaluation_that_can_judge_nothing_is_an_error(finished, tmp_path):
+  """Else a script, or a table, takes it for done."""
+  Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+  code, _, err = run(
+    f"--workdir={finished[0]}", "--evals=knn", f"--data.source=folder:{tmp_path}",
+    "--data.num_train=0", f"--out={tmp_path / 'figures.json'}", module=EVALUATE,
+  )  # fmt: skip
+  assert code == 1
+  assert "none of knn could be run on these pictures" in err
+
+
 def deterministic(record: dict) -> dict:
   timing = ("images_per_second", "data_wait_percent", "mfu_percent")
   return {k: v for k, v in record.items() if k not in timing}

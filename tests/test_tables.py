@@ -229,8 +229,9 @@ def test_what_compares_two_runs_waits_for_the_other(tmp_path):
 
 def test_a_folder_to_merge_that_is_not_there_is_refused(tmp_path, capsys):
   argv = ["tables", "--table=configs/tables/linear.py", f"--workdir={tmp_path}", "--report"]
-  assert tables.cli([*argv, f"--merge={tmp_path / 'none'}"]) == 1
-  assert "none holds no runs of tables" in capsys.readouterr().err
+  for given, meant in ((tmp_path / "none", tmp_path), ("~/none", Path.home())):
+    assert tables.cli([*argv, f"--merge={given}"]) == 1
+    assert f"{meant / 'none'} holds no runs of tables" in capsys.readouterr().err
 
 
 def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
