@@ -12,6 +12,7 @@ import argparse
 import os
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def measure(*, steps: int, cache: str, workdir: Path) -> list[dict[str, Any]]:
       )
       print(rows[-1], flush=True)
 
-  train(experiment._replace(method=method), source, workdir, say=say)
+  train(replace(experiment, method=method), source, workdir, say=say)
   return rows
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_results
+from ssrl_jax.watch import TIMED
 
 KILLS_A_RUN = 5
 STEPS, EPOCH, SAVE_EVERY, JUDGE_EVERY = 26, 6, 4, 5
@@ -148,11 +149,10 @@ class Command:
 def outcome(folder: Path) -> dict[str, Any]:
   """What must not depend on kills."""
   record = json.loads((folder / "results.json").read_text())
-  timing = ("images_per_second", "data_wait_percent", "mfu_percent")
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   return {
     "digest": record["state_digest"],
-    "metrics": [{k: v for k, v in line.items() if k not in timing} for line in lines],
+    "metrics": [{k: v for k, v in line.items() if k not in TIMED} for line in lines],
     "evaluation": record["results"],
   }
 

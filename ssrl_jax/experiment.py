@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ from ssrl_jax.state import TrainState
 from ssrl_jax.views import abstract_views, check_ramp, check_specs
 
 
-class Experiment(NamedTuple):
+@dataclass(frozen=True, eq=False)  # so that what is traced for one can be kept
+class Experiment:
   """Everything that follows from a config and the size of its training set; holds no arrays."""
 
   config: ConfigDict
@@ -194,6 +197,7 @@ def init_state(experiment: Experiment, key: Array) -> TrainState:
   )
 
 
+@functools.lru_cache(maxsize=4)  # tracing takes longer than all else before the first step
 def abstract_state(experiment: Experiment) -> TrainState:
   """Shapes, types and shardings of the train state; nothing is computed."""
   key = jax.eval_shape(lambda: jax.random.key(0))

@@ -31,6 +31,7 @@ from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.during import evaluate_during
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
+from ssrl_jax.metrics import read_metrics
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
@@ -38,6 +39,7 @@ from ssrl_jax.run_folder import Facts, alone_in, open_run_folder, write_results
 from ssrl_jax.state import TrainState
 from ssrl_jax.step import num_parameters, watched_tensors
 from ssrl_jax.train import train, views_fed
+from ssrl_jax.watch import Costs
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe, FILE or FILE:METHOD.", lock_config=True
@@ -100,11 +102,14 @@ def run(argv: list[str]) -> int:
     say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
         f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
     say(describe_groups(params))
+    costs = Costs(read_metrics(folder), started=started)
     stacks = folder / f"stacks-{jax.process_index()}.txt"
     with processes.watchdog(
       stacks, first_minutes=limits.first_minutes, minutes=limits.minutes
     ) as moved:
-      state, finished = train(experiment, source, folder, say=say, moved=moved, evaluate=evaluate)
+      state, finished = train(
+        experiment, source, folder, say=say, moved=moved, evaluate=evaluate, costs=costs.read
+      )
     if not finished:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")
       return processes.STOPPED
@@ -115,7 +120,7 @@ def run(argv: list[str]) -> int:
     ) as moved:
       judge(
         experiment, state, source, test, folder, say=say, moved=moved, command=command,
-        started=started,
+        costs=costs,
       )  # fmt: skip
   return 0
 
@@ -130,13 +135,13 @@ def judge(
   say: Callable[[str], None],
   moved: Callable[[], None],
   command: str,
-  started: float,
+  costs: Costs,
 ) -> None:
   """Evaluates what was trained; writes results.json and report.html."""
   config = experiment.config
   evals = config.evaluate.evals
   evaluated = evaluate_run(experiment, state, source, test, evals=evals, say=say, moved=moved)
-  write_results(folder, experiment, state, evaluated.results, command=command, started=started)
+  write_results(folder, experiment, state, evaluated.results, command=command, costs=costs.read())
   if config.evaluate.report:
     views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)
     if evaluated.evaluation:

@@ -384,7 +384,7 @@ def _provenance(results: dict[str, Any], flat: dict[str, Any]) -> str:
   facts = {
     "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
     "devices": devices,
-    "seconds from start to here": _number(results.get("wall_seconds"), ",.1f", "unknown"),
+    "seconds, all starts together": _number(results.get("wall_seconds"), ",.1f", "unknown"),
     "pictures replaced as damaged": results.get("substituted"),
     "SHA-256 of the final state": results.get("state_digest"),
   }

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +128,7 @@ def write_results(
   results: dict[str, dict[str, float]],
   *,
   command: str,
-  started: float,
+  costs: dict[str, float],
 ) -> None:
   """results.json: every evaluation's figures and what they belong to."""
   digest = state_digest(state)
@@ -144,8 +143,7 @@ def write_results(
       "total_steps": experiment.total_steps,
       "state_digest": digest,
       "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
-      "wall_seconds": time.monotonic() - started,
-      "cpu_seconds": time.process_time(),  # of this process, over all its threads
+      **costs,
       "substituted": int(state.substituted),
       "damaged": len(read_damaged(folder)),
       "command": command,

@@ -43,21 +43,22 @@ def checksums(state: Any) -> list[Array]:
   independent of the sharding (integer addition has no rounding), and no change within one word
   can leave it as it was. Costs one pass over the state on the device and no transfer.
   """
+  return [_checksum(x) for x in jax.tree.leaves(state)]
 
-  def checksum(x):
-    x = _plain(x)
-    if x.dtype == jnp.bool_:
-      x = x.astype(jnp.uint8)
-    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # Not flattened: an array that is cut along another axis than the first would be gathered.
-    place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
-    mixed = (place ^ (place >> 16)) * np.uint32(0x7FEB352D)
-    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
-    words = words + np.uint32(1)  # so that a run of zeros counts too
-    return jnp.stack([jnp.sum(words * (mixed | 1)), jnp.sum(words * (place * 2 + 1))])
 
-  return [checksum(x) for x in jax.tree.leaves(state)]
+@jax.jit  # traced once for all arrays of a shape
+def _checksum(x: Array) -> Array:
+  x = _plain(x)
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+  words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  # Not flattened: an array that is cut along another axis than the first would be gathered.
+  place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+  mixed = (place ^ (place >> 16)) * np.uint32(0x7FEB352D)
+  mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
+  words = words + np.uint32(1)  # so that a run of zeros counts too
+  return jnp.stack([jnp.sum(words * (mixed | 1)), jnp.sum(words * (place * 2 + 1))])
 
 
 @functools.cache

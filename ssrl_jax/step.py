@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,7 @@ def _donating(
   )
 
 
+@functools.lru_cache(maxsize=4)
 def watched_tensors(experiment: Experiment) -> tuple[list[str], int]:
   """The names of what `first_bad` indexes; dimensions of what the health figures are of."""
   step = make_train_step(experiment)

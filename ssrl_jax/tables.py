@@ -350,8 +350,8 @@ def make(
 def run_figures(folder: Path) -> dict[str, float]:
   """Of the run itself: cost, and whether it diverged.
 
-  minutes: wall clock of the process that finished it. cpu_minutes: its processor time over all
-  threads; less where an earlier run of the folder had compiled the same program.
+  minutes: wall clock. cpu_minutes: processor time over all threads; less where an earlier run of
+  the folder had compiled the same program. Both over all starts of the run (watch.Costs).
   images_per_second: median over the log. diverged: 1 where the loss was not finite.
   """
   if diverged(folder):

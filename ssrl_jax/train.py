@@ -85,12 +85,14 @@ def train(
   say: Callable[[str], None],
   moved: Moved = lambda within=0: None,
   evaluate: Evaluate | None = None,
+  costs: Callable[[], dict[str, float]] = dict,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
 
   Args:
     moved: is called when a step was finished.
     evaluate: of evaluate.during; None: nothing is evaluated meanwhile.
+    costs: what the run has cost until now, kept beside the metrics.
 
   Returns:
     The final state, and whether the run is over: the last step, or early stopping (False: SIGTERM
@@ -131,6 +133,7 @@ def train(
     seen=steps.seen,
     flops=flops,
     peak=peak * experiment.mesh.size,
+    costs=costs,
     say=say,
     moved=moved,
   )

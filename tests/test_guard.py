@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import signal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def prepared(pictures, **guard):
     flat = jnp.min(jnp.std(views["global"], axis=(2, 3))) < 1e-4
     return jnp.where(flat, jnp.nan, value), aux
 
-  return experiment._replace(method=method._replace(loss=loss)), source
+  return replace(experiment, method=method._replace(loss=loss)), source
 
 
 def run(experiment, source, workdir, *, stop_after=0):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -18,8 +20,7 @@ from ssrl_jax.method import Features
 from ssrl_jax.methods import simclr
 from ssrl_jax.state import state_digest
 from ssrl_jax.train import steps_to_edge, train
-
-RATES = ("images_per_second", "data_wait_percent", "mfu_percent", "time")
+from ssrl_jax.watch import TIMED, Costs
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def run(config, workdir, *, stop_after=None, evaluate=None):
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
   views = experiment.method.views
   method = simclr.make(encoder=Linear(), views=views, run=None, hidden_dim=8, out_dim=8)
-  experiment = experiment._replace(method=method)
+  experiment = replace(experiment, method=method)
   lines = []
 
   def say(line):
@@ -77,7 +78,7 @@ def run(config, workdir, *, stop_after=None, evaluate=None):
   state, finished = train(experiment, source, workdir, say=say, evaluate=evaluate)
   figures = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
-    row = {k: v for k, v in json.loads(line).items() if k not in RATES}
+    row = {k: v for k, v in json.loads(line).items() if k not in TIMED}
     known = figures.setdefault(row["step"], {})
     assert known.keys() & row.keys() <= {"step"}, "a figure of a step stands there twice"
     known.update(row)
@@ -151,10 +152,11 @@ def evaluated(folder, tmp_path_factory):
 
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
-  experiment = experiment._replace(
+  experiment = replace(
+    experiment,
     method=simclr.make(
       encoder=Linear(), views=experiment.method.views, run=None, hidden_dim=8, out_dim=8
-    )
+    ),
   )
   judge = evaluate_during(experiment, source, source)
   jax.monitoring.register_event_duration_secs_listener(listen)
@@ -216,6 +218,20 @@ def test_run_ends_when_the_figure_has_not_risen_for_its_patience(folder, tmp_pat
   assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} >= {8}
   again = run(config, tmp_path, evaluate=evaluate)
   assert (again[0], again[-1], judged) == (digest, True, [2, 4, 6, 8])
+
+
+def test_costs_are_those_of_all_starts_of_a_run():
+  def line(**costs):
+    return {"step": 2, "loss": 1.0, **costs}
+
+  known = [
+    line(wall_seconds=900, cpu_seconds=600),
+    line(wall_seconds=1000, cpu_seconds=700),
+    line(),
+  ]
+  costs = Costs(known, started=time.monotonic() - 30).read()
+  assert 1030 <= costs["wall_seconds"] < 1090
+  assert costs["cpu_seconds"] == pytest.approx(700 + time.process_time(), abs=10)
 
 
 def test_early_stopping_by_a_figure_that_is_not_measured_is_refused():

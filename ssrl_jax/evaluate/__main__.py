@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -41,7 +42,7 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   experiment, state = load_run(folder, mesh=config.mesh)
   other = load_run(Path(values.other).expanduser(), mesh=config.mesh) if values.other else None
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
-  experiment = experiment._replace(config=config)
+  experiment = replace(experiment, config=config)
   train = open_split(config, "train")
   test = open_test(experiment, train, values.evals)
   encoders = tuple(filter(None, values.encoders.split(",")))

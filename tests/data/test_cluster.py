@@ -5,12 +5,11 @@ import pytest
 from PIL import Image
 
 from configs import smoke
-from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.data import cluster
 from ssrl_jax.data.sampling import make_sampling
 from ssrl_jax.data.sources import open_source
-from ssrl_jax.experiment import build, create_state
-from ssrl_jax.run_folder import Facts, open_run_folder
+from ssrl_jax.run_folder import Facts
+from tests.untrained import save_untrained
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +25,7 @@ def folder(tmp_path_factory):
   config = smoke.get_config("simclr")
   config.data.update({"source": f"folder:{root / 'set'}", "canvas": 16, "num_train": 0})
   config.evaluate.update({"size": 16, "batch_size": 16})
-  open_run_folder(root / "run", config, Facts(36, None), allow_change=False)
-  state = create_state(build(config, num_examples=36, num_classes=None))
-  checkpoints = Checkpoints(root / "run", keep=1, keep_best=0)
-  checkpoints.save(state, step=0, score=0.0)
-  checkpoints.close()
+  save_untrained(root / "run", config, Facts(36, None))
   return root
 
 

@@ -35,7 +35,7 @@ TINY = {
 }
 # method -> steps, options of both runs, what is taken away, the collapse that follows
 CASES = {
-  "byol": (150, {"method.tau": 0.9}, {"method.predictor": False}, "complete"),
+  "byol": (100, {"method.tau": 0.9}, {"method.predictor": False}, "complete"),
   "simsiam": (150, {}, {"method.stop_gradient": False}, "dimensional"),
   "vicreg": (75, {}, {"method.variance_weight": 0.0}, "complete"),
   "dino": (75, {"method.tau": 0.9}, {"method.centring": "none"}, "complete"),

@@ -1,0 +1,79 @@
+"""python -m ssrl_jax.extract --workdir=RUN --out=features.npz [--source=folder:PATH]
+
+Writes the frozen features of pictures by the newest whole checkpoint of a run, as the evaluations
+see them: the centre of each picture, at the size of config.evaluate. For `numpy.load`: an array
+[N, D] for each of --kinds, and `labels` (-1: unknown), `names` and `ids` (positions in the source)
+[N] of the pictures that can be read.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
+from ssrl_jax.evaluate.suite import load_run, trained_evaluation
+from ssrl_jax.experiment import open_split
+from ssrl_jax.run_folder import load_config
+
+
+def run(folder: Path, source: str, split: str, kinds: str, out: Path) -> int:
+  config = load_config(folder)
+  config.mesh.update({"devices": 0, "slices": 0, "fsdp": 1})  # those that are here
+  experiment, state = load_run(folder, mesh=config.mesh)
+  config = experiment.config
+  if source:  # all of it
+    config.data.update({"source": source, "num_train": 0, "num_test": 0})
+  which = "test" if split == config.data.test else "train"
+  config.data[which] = split
+  pictures = open_split(config, which)
+  evaluation = trained_evaluation(experiment, state, pictures, None)
+  wanted = evaluation.kinds() if kinds == "all" else tuple(kinds.split(","))
+  for kind in wanted:
+    evaluation.check_kind(kind)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  found = {kind: evaluation.features("train", kind) for kind in wanted}
+  rows = found[wanted[0]]
+  arrays = {kind: rows.features for kind, rows in found.items()}
+  names = np.array([pictures.name(int(i)) for i in rows.ids])
+  with out.open("wb") as file:  # np.savez itself would add a suffix to another name
+    np.savez(file, **arrays, labels=rows.labels, ids=rows.ids, names=names)
+  shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in arrays.items())
+  print_line(f"{out}: {shapes} of {len(rows.ids)} of {len(pictures)} pictures of {pictures!r}")
+  return 0
+
+
+def cli(argv: list[str]) -> int:
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+
+  def program() -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "The run's folder.", values)
+    flags.DEFINE_string("out", "", "The file to write, NAME.npz.", values)
+    flags.DEFINE_string(
+      "source", "", "Pictures, as config.data.source names them; default: the run's.", values
+    )
+    flags.DEFINE_string("split", "train", "Which of the source's.", values)
+    flags.DEFINE_string(
+      "kinds", "pooled", "Which vectors, e.g. pooled,map8, or all; of `evaluate.features.vectors`.",
+      values,
+    )  # fmt: skip
+    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    if help_asked(argv, __doc__, values):
+      return 0
+    values(argv)
+    for name in ("workdir", "out"):
+      if not values[name].value:
+        raise ValueError(f"--{name} is missing; --help says what it is")
+    folder, out = (Path(p).expanduser() for p in (values.workdir, values.out))
+    return run(folder, values.source, values.split, values.kinds, out)
+
+  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+
+
+if __name__ == "__main__":
+  sys.exit(cli(sys.argv))
