@@ -54,10 +54,9 @@ def header_and_body(record: Record) -> tuple[list[str], list[list[str]]]:
     cells = [row["title"], f"{run} of {len(row['seeds'])}"]
     for column in record["columns"]:
       title = column["title"]
-      no_cost = not compared(column) and row["encoder"] != "trained"  # a control trains nothing
       found = list(row["cells"][title].values())
       fewer = f" ({len(found)})" if 0 < len(found) < run else ""
-      cells.append("-" if no_cost else spread(found, column["decimals"]) + fewer)
+      cells.append("-" if costs_nothing(row, column) else spread(found, column["decimals"]) + fewer)
       if claimed(record, title):
         cells.append(f"{row['claims'][title]:g}" if title in row["claims"] else "")
     body.append(cells)
@@ -89,6 +88,11 @@ def gaps(record: Record) -> tuple[list[str], list[list[str]]]:
 
 def compared(column: Record) -> bool:
   return column["judge"] != "run"
+
+
+def costs_nothing(row: Record, column: Record) -> bool:
+  """Of a control, which trains nothing, there are no figures of its training."""
+  return not compared(column) and row["encoder"] != "trained"
 
 
 def seed_gaps(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> list[float]:
@@ -133,10 +137,13 @@ def long_rows(record: Record) -> list[list[Any]]:
   """One line for each row, column and seed: what a spreadsheet or a script wants."""
   lines: list[list[Any]] = [["row", "column", "seed", "value", "claim"]]
   for row in record["rows"]:
-    for title, cells in row["cells"].items():
+    for column in record["columns"]:
+      if costs_nothing(row, column):
+        continue
+      title, cells = column["title"], row["cells"][column["title"]]
       claim = row["claims"].get(title, "")
       for seed in row["seeds"]:
-        lines.append([row["title"], title, seed, cells.get(seed, NOT_RUN), claim])
+        lines.append([row["title"], title, seed, cells.get(str(seed), NOT_RUN), claim])
   return lines
 
 

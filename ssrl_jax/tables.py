@@ -469,10 +469,11 @@ def cli(argv: list[str]) -> int:
 
 
 def measured(table: Table, workdirs: Sequence[Path]) -> dict[str, Any]:
-  """Everything that a table shows, as plain data."""
+  """Everything that a table shows, as what JSON gives back: a seed in `cells` is a string."""
   rows = []
   for row in table.rows:
-    cells = {c.title: values(table, row, c, workdirs) for c in table.columns}
+    found = {c.title: values(table, row, c, workdirs) for c in table.columns}
+    cells = {title: {str(s): v for s, v in cell.items()} for title, cell in found.items()}
     rows.append(
       {
         "title": row.title, "recipe": row.training.recipe, "encoder": row.encoder,

@@ -11,8 +11,9 @@ import pytest
 
 from ssrl_jax import tables
 from ssrl_jax.run_folder import alone_in
-from ssrl_jax.table_text import chart
+from ssrl_jax.table_text import chart, latex, long_rows, markdown
 from ssrl_jax.tables import Column, Judge, Row, Table, Training
+from tests.commands import ROOT
 
 SMOKE = "configs/smoke.py:simclr"
 OURS, THEIRS = Training("configs/smoke.py:fusion", {"epochs": 2.0}), Training(SMOKE)
@@ -99,6 +100,7 @@ def test_every_training_and_judgement_is_run_once_and_never_again(tmp_path):
 def test_cells_hold_mean_and_deviation_gaps_are_seed_by_seed_and_claims_stand_beside(tmp_path):
   make(tmp_path, Stand_in())
   record = tables.measured(TABLE, [tmp_path])
+  assert json.loads(json.dumps(record)) == record  # so that a file of it makes the same table
   text = tables.write_table(tmp_path / "linear", record, command="the command")
   deviation = statistics.stdev([50, 52, 57])
   assert f"| fusion | 3 of 3 | 53.0 ± {deviation:.1f} | 77.8 | 1.50 ± 0.00 |" in text
@@ -115,6 +117,20 @@ def test_cells_hold_mean_and_deviation_gaps_are_seed_by_seed_and_claims_stand_be
   latex = (tmp_path / "linear.tex").read_text()
   assert r"fusion & 3 of 3 & 53.0 $\pm$ 3.6 & 77.8 & 1.50 $\pm$ 0.00 \\" in latex
   assert (tmp_path / "linear.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+  "path", sorted((ROOT / "results").glob("*-local.json")), ids=lambda p: p.stem
+)
+def test_results_are_what_their_record_makes(path):
+  """results/NAME.md, .csv and .tex; no figure is there once and elsewhere otherwise."""
+  record = json.loads(path.read_text())
+  files = {suffix: path.with_suffix(suffix).read_text() for suffix in (".md", ".csv", ".tex")}
+  assert files[".md"] == markdown(record, command=record["command"])
+  assert files[".tex"] == latex(record)
+  assert list(csv.reader(files[".csv"].splitlines())) == [
+    [str(cell) for cell in line] for line in long_rows(record)
+  ]
 
 
 def test_what_was_not_run_is_said_and_an_unfinished_table_is_no_error(tmp_path):
@@ -321,8 +337,6 @@ def test_unknown_file_and_budget_are_refused(tmp_path):
 
 
 REAL = """
-from ssrl_jax.run_folder import alone_in
-from ssrl_jax.table_text import chart
 from ssrl_jax.tables import Column, Judge, Row, Table, Training
 
 def get_table(budget):
