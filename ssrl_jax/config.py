@@ -53,18 +53,20 @@ def base_config(method: str) -> ConfigDict:
   c.method = ConfigDict({"name": method, **keyword_defaults(METHODS[method])})
 
   c.encoder = ConfigDict()
-  c.encoder.name = "resnet18"  # a key of models.ENCODERS
+  c.encoder.name = "resnet18"  # resnet6 to resnet101, vit_pico to vit_l: a key of models.ENCODERS
   c.encoder.dtype = "float32"  # of the computation: float32 or bfloat16; parameters are float32
   c.encoder.norm = "batch"  # batch | group; of ResNets, fusion and attention (a ViT has layer norm)
   c.encoder.remat = False  # True: blocks are computed again in the backward pass: less memory
   c.encoder.resnet = ConfigDict(keyword_defaults(make_resnet, leave_out=("dtype", "norm", "remat")))
   c.encoder.vit = ConfigDict(keyword_defaults(make_vit, leave_out=("dtype", "remat")))
-  for name, wrapper in (("fusion", FusionEncoder), ("attention", AttentionEncoder)):
-    options = keyword_defaults(wrapper, leave_out=("dtype", "norm", "parent", "name"))
-    c.encoder[name] = ConfigDict({"enabled": False, **options})
+  rest = ("dtype", "norm", "parent", "name")
+  c.encoder.fusion = ConfigDict(keyword_defaults(FusionEncoder, leave_out=rest))
+  c.encoder.fusion.enabled = False  # True: its maps are fused across scales
+  c.encoder.attention = ConfigDict(keyword_defaults(AttentionEncoder, leave_out=rest))
+  c.encoder.attention.enabled = False  # True: its coarsest maps are attended to
 
   c.data = ConfigDict()
-  c.data.source = "digit_scenes"  # or KIND:PATH, or mixture; docs/data.md lists the kinds
+  c.data.source = "digit_scenes"  # digit_scenes | KIND:PATH | mixture; docs/data.md lists kinds
   c.data.mixture = ()  # of source "mixture": its sources, e.g. ("folder:A", "arrayrecord:B")
   c.data.mixture_weights = ()  # each one's share of an epoch's draws; () = every example once
   c.data.data_dir = ""  # of tfds; empty: its own default
@@ -72,10 +74,10 @@ def base_config(method: str) -> ConfigDict:
   c.data.test = "test"  # split to evaluate on
   c.data.canvas = 32  # side in pixels of the square that a decoded picture is put on
   c.data.num_train = 0  # this many training images, drawn with `seed_subset`; 0 = all
-  c.data.num_test = 0  # likewise of the test images; 0 = all
+  c.data.num_test = 0  # this many test images; 0 = all
   c.data.seed_subset = 0  # which ones: the same for every seed of a run
   c.data.frames = 1  # of clips: frames an example, of which view v shows the (v % frames)-th
-  c.data.frame_span = 0  # they are drawn from a random window of so many frames; 0 = whole clip
+  c.data.frame_span = 0  # of clips: window of frames to draw from, anywhere; 0 = whole clip
   c.data.sampling = "uniform"  # uniform: each once an epoch | class: balanced | weights | clusters
   c.data.sampling_file = ""  # .npy of one weight or cluster number for each training example
   c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
@@ -84,13 +86,11 @@ def base_config(method: str) -> ConfigDict:
   c.data.steps_ahead = 8  # with the cache: steps given to the devices before metrics are awaited
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process
-  c.data.max_bad_fraction = (
-    0.01  # of the examples seen; more damaged ones stop the run; 0 = one does
-  )
+  c.data.max_bad_fraction = 0.01  # of the examples seen; more damaged ones stop; 0 = one does
   c.data.mean = (0.485, 0.456, 0.406)  # subtracted from pixels in [0, 1]
-  c.data.std = (0.229, 0.224, 0.225)  # divided by
+  c.data.std = (0.229, 0.224, 0.225)  # by which they are divided then
   c.data.dry_run_examples = 50_000  # what --dry_run takes for the size of the training set
-  c.data.dry_run_classes = 10
+  c.data.dry_run_classes = 10  # what --dry_run takes for the number of classes
 
   c.global_views = view_group()
   c.local_views = view_group(count=0)  # 0 = none; only methods that know what to do with them
@@ -102,9 +102,9 @@ def base_config(method: str) -> ConfigDict:
   c.optim.name = "adamw"  # adamw | lars | larc | sgd
   c.optim.learning_rate = 1e-3  # at the peak
   c.optim.scale_by_batch = False  # True: learning_rate is for batch 256 and scales with the batch
-  c.optim.warmup_epochs = 10.0
+  c.optim.warmup_epochs = 10.0  # over which it rises linearly from 0
   c.optim.final_fraction = 0.0  # of the peak, at the end of the cosine
-  c.optim.weight_decay = 1e-4
+  c.optim.weight_decay = 1e-4  # of kernels; the run says which arrays have none
   c.optim.final_weight_decay = -1.0  # adamw: at the end of a cosine; -1 = stays the same
   c.optim.momentum = 0.9  # sgd, lars, larc
   c.optim.b1 = 0.9  # adamw
@@ -113,7 +113,8 @@ def base_config(method: str) -> ConfigDict:
   c.optim.clip_ratio = False  # larc
   c.optim.clip_norm = 0.0  # of the whole gradient; 0 = off
 
-  c.probe = ConfigDict({"learning_rate": 1e-2})  # online linear probe (Adam)
+  c.probe = ConfigDict()
+  c.probe.learning_rate = 1e-2  # of the online linear probe (Adam)
 
   c.mesh = ConfigDict()
   c.mesh.devices = 0  # 0 = all
@@ -128,11 +129,11 @@ def base_config(method: str) -> ConfigDict:
   c.watchdog.evaluation_minutes = 60.0  # between two batches of an evaluation; 0 = for ever
 
   c.checkpoint = ConfigDict()
-  c.checkpoint.every_steps = 500  # and always at the end
-  c.checkpoint.keep = 2  # newest
-  c.checkpoint.keep_best = 1  # highest online-probe accuracy
+  c.checkpoint.every_steps = 500  # steps between two; and always one at the end
+  c.checkpoint.keep = 2  # newest ones kept
+  c.checkpoint.keep_best = 1  # kept beside them, of the highest online-probe accuracy
   c.checkpoint.retries = 5  # of a failed save or read, in a row, before the run stops
-  c.checkpoint.retry_seconds = 1.0  # before the first; each waits twice as long
+  c.checkpoint.retry_seconds = 1.0  # before the first retry; each waits twice as long
 
   c.guard = ConfigDict()  # of steps with a NaN or infinity, or a spike of the loss
   c.guard.on_bad_step = "stop"  # stop | skip: without this update the run goes on
@@ -141,21 +142,23 @@ def base_config(method: str) -> ConfigDict:
   c.guard.keep = 5  # newest bad batches kept in bad_steps/, for ssrl_jax.replay
 
   c.log = ConfigDict()
-  c.log.every_steps = 20  # a line on the screen and in metrics.jsonl
-  c.log.tensorboard = True
+  c.log.every_steps = 20  # steps between two lines on the screen and in metrics.jsonl
+  c.log.tensorboard = True  # write events for it, too
 
   c.evaluate = ConfigDict()
-  c.evaluate.evals = "knn,linear"  # after training; empty = none
+  c.evaluate.evals = "knn,linear"  # protocols after training; empty = none
   c.evaluate.controls = True  # also evaluate the untrained encoder and raw pixels
-  c.evaluate.batch_size = 256
+  c.evaluate.batch_size = 256  # pictures at once over all devices
   c.evaluate.size = 32  # side of the evaluation view, pixels
-  c.evaluate.crop = 1.0  # its share of the shorter side: 0.875 = resize 256, centre crop 224
+  c.evaluate.crop = (
+    1.0  # that view's share of the shorter side: 0.875 = resize 256, centre crop 224
+  )
   for name, protocol in EVALS.items():
     c.evaluate[name] = ConfigDict(keyword_defaults(protocol.run))
   c.evaluate.report = True  # write report.html
   c.evaluate.during = ConfigDict()  # the same while training: figures in metrics.jsonl
-  c.evaluate.during.every_steps = 0  # 0 = never
-  c.evaluate.during.evals = "knn"
+  c.evaluate.during.every_steps = 0  # steps between two; 0 = never
+  c.evaluate.during.evals = "knn"  # protocols, as in `evals`
   c.evaluate.during.num_train = 0  # training pictures to judge by; 0 = all
   c.evaluate.during.figure = "knn/accuracy"  # the higher, the better: what `patience` is about
   c.evaluate.during.patience = 0  # > 0: so many evaluations without a new best end the run

@@ -1,9 +1,10 @@
 """python -m ssrl_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.KEY=VALUE]
 
 Trains (from the newest checkpoint of the folder, if it has one), evaluates, and writes results.json
-and report.html. `--config=FILE --help` lists every knob of a recipe with its value, `--dry_run`
-says what it would cost. What a knob means stands in ssrl_jax/config.py, or in the docstring of what
-it belongs to: ssrl_jax/methods/METHOD.py, models/, method.py (views), evaluate/PROTOCOL.py.
+and report.html. `--config=FILE --help` lists every knob of a recipe with its value and meaning,
+`--dry_run` says what it would cost. More about a knob than the line here: ssrl_jax/config.py, or
+the docstring of what it belongs to: methods/METHOD.py, models/, method.py (views),
+evaluate/PROTOCOL.py.
 
   python -m ssrl_jax.main --config=configs/digits.py:simclr --config.epochs=20
 """
@@ -31,6 +32,7 @@ from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.during import evaluate_during
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
+from ssrl_jax.knobs import help_lines
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
@@ -178,8 +180,8 @@ def cli(argv: list[str]) -> int:
   def program() -> int:
     if help_asked(argv, __doc__, flags.FLAGS):
       keys = recipe_alone(argv) or {"KEY": "any key of the recipe; --config=FILE --help lists them"}
-      for key, value in keys.items():
-        print_line(f"  --config.{key} [{value}]")
+      for line in help_lines("config.", keys, keys.get("method.name", "")):
+        print_line(line)
       return 0
     try:
       flags.FLAGS(argv)

@@ -29,15 +29,15 @@ class ViewSpec(NamedTuple):
   """
 
   name: str  # key of the views in the dictionary handed to `Method.loss`
-  count: int = 2
+  count: int = 2  # of an image
   size: int = 32  # side of the square view, pixels
   area: tuple[float, float] = (0.08, 1.0)  # of the crop, as a fraction of the picture's area
   aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width over height, drawn log-uniformly
   flip: float = 0.5  # probability of a horizontal flip
   jitter: float = 0.8  # probability of the colour jitter as a whole
   brightness: float = 0.4  # factor drawn from [max(0, 1 - x), 1 + x]
-  contrast: float = 0.4
-  saturation: float = 0.4
+  contrast: float = 0.4  # as brightness
+  saturation: float = 0.4  # as brightness
   hue: float = 0.1  # shift drawn from [-x, x], as a fraction of the colour circle; at most 0.5
   greyscale: float = 0.2  # probability
   blur: tuple[float, ...] = (0.0,)  # probability, for each of the count views (or one for all)

@@ -23,6 +23,7 @@ from ssrl_jax.config import flatten
 from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
 from ssrl_jax.experiment import open_split
+from ssrl_jax.knobs import help_lines
 from ssrl_jax.options import nearest
 from ssrl_jax.run_folder import load_config, merge_evaluation
 from ssrl_jax.state import state_digest
@@ -91,9 +92,13 @@ def cli(argv: list[str]) -> int:
       keys = {
         "GROUP.KEY": "evaluate, data, mesh of a run's config: --workdir=DIR --help lists them"
       }
-      for key, value in (flatten(load_config(folder)) if folder else keys).items():
-        if key.split(".")[0] in ("GROUP", *GROUPS):
-          print_line(f"  --{key} [{value}]")
+      method = ""
+      if folder:
+        keys = flatten(load_config(folder))
+        method = keys["method.name"]
+        keys = {key: value for key, value in keys.items() if key.split(".")[0] in GROUPS}
+      for line in help_lines("", keys, method):
+        print_line(line)
       return 0
     values(argv, known_only=True)
     if not values.workdir:

@@ -156,8 +156,16 @@ def train_head(
   """Trains a head (maps, train -> outputs) on the encoder's maps, and the encoder if `finetune`.
 
   AdamW, warm-up over the first twentieth of the steps, then half a cosine to 0. A frozen encoder
-  runs as in evaluation and keeps every byte; one that is fine-tuned runs as in training, its
-  learning rate `encoder_rate` times the head's.
+  runs as in evaluation and keeps every byte; one that is fine-tuned runs as in training.
+
+  Args:
+    steps: of the training.
+    batch_size: of all devices together.
+    learning_rate: at the peak.
+    weight_decay: of kernels.
+    finetune: trains the encoder, too.
+    encoder_rate: multiplies its learning rate then.
+    seed: of the head, the order and the views.
   """
   _check_options(name, scales, steps, learning_rate, encoder_rate)
   parallel.check_batch_size(batch_size, evaluation.mesh)

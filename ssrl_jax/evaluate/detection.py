@@ -63,16 +63,16 @@ def run(
   view shows the whole picture, its longer side being `size`.
 
   Args:
-    source: "coco:PATH"; see `data.dense.CocoSource`. train_split, test_split: of it.
+    source: "coco:PATH"; see `data.dense.CocoSource`. train_split, test_split: of that source.
     stride, levels: of the pyramid's finest level, pixels, or the encoder's next; how many, each of
       twice the stride before. width, depth: of the head: channels, convolutions of each tower.
     size: side of the view, pixels; a multiple of the encoder's coarsest stride.
     scales: range of the random scale in training; a mirror image half the time.
-    steps, batch_size (of all devices), learning_rate, weight_decay, finetune, encoder_rate: see
-      `dense.train_head`.
     max_boxes: that one training picture may have; see `CocoSource`.
-    candidates: the best scores of a picture that enter non-maximum suppression; nms: its IoU.
+    candidates: the best scores of a picture that enter non-maximum suppression; nms: of
+      two boxes with a higher IoU the better one stays.
     max_detections: of a picture; COCO's figures are for 100.
+    others: as `dense.train_head`.
 
   Returns:
     detection/AP: percent; COCO's average precision, over IoU 0.50, 0.55 to 0.95 and classes.

@@ -75,6 +75,8 @@ def run(
     learning_rate: at the peak and for batch 256; scaled linearly with the batch size.
     head_rate: multiplies the head's.
     weight_decay: on arrays of two or more axes.
+    momentum: of sgd.
+    warmup_epochs: over which the rate rises linearly from 0.
     layer_decay: see `layer_factors`; 1 = off.
     clip_norm: the gradient's global norm is cut to this; 0 = off.
     smallest_crop: of a training view, as a share of the picture's area.
@@ -82,6 +84,9 @@ def run(
     loss: cross_entropy, or one that tolerates wrong labels: generalised (with `q`; Zhang & Sabuncu
       2018) or symmetric (with alpha, beta, log_zero; Wang et al. 2019). See
       losses/classification.py.
+    q: of loss generalised, in (0, 1]; the larger, the less a label that looks wrong pulls.
+    alpha, beta, log_zero: of loss symmetric: weights of cross-entropy and of its reverse, and what
+      stands for log 0 in that.
     label_noise: share of the training labels in use that become another class, uniformly.
     label_fraction, num_per_class, labels_file: the labels in use; see `labels.choose_ids`.
     seed: of the choice of labels, their noise, the order and the views.

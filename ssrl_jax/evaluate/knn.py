@@ -26,6 +26,10 @@ def run(evaluation: Evaluation, *, k: int = 20, temperature: float = 0.07) -> di
 
   Pictures without a label neither vote nor count.
 
+  Args:
+    k: neighbours that vote; all, where there are fewer.
+    temperature: a vote weighs exp(cosine / temperature).
+
   Returns:
     knn/accuracy: percent of the labelled test pictures that get their class.
     knn/top5: percent whose class is among the five with most votes; with 20 classes or more.

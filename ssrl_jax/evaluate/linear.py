@@ -59,7 +59,10 @@ def run(
 ) -> dict[str, float]:
   """Trains the probe on the training pictures and applies it to the test pictures.
 
-  Pictures without a label are left out. The arguments are those of `fit_probe`.
+  Pictures without a label are left out.
+
+  Args:
+    others: as `fit_probe`.
 
   Returns:
     linear/accuracy: percent of the test pictures, of the setting that the held-out pictures chose.

@@ -45,8 +45,13 @@ def run(
 
   Args:
     learning_rates: at the start and for batch 256; scaled linearly with the batch size.
+    epochs: over the training pictures that are not held out.
     batch_size: at most; of all devices together.
+    momentum: of SGD.
     weight_decay: of the kernel, added to the gradient.
+    smallest_crop: of a training view, as a share of the picture's area.
+    held_out: share of each class that chooses the rate.
+    seed: of the held-out part, the order and the views.
 
   Returns:
     linear_sgd/accuracy: percent of the labelled test pictures, at the last step.

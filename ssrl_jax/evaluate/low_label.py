@@ -60,6 +60,7 @@ def run(
     steps: of the probe, whole epochs of which there are at least so many; 50 epochs of a few
       pictures would be too few.
     finetuned: also fine-tune; options named finetune_x are those of `finetune.run`.
+    seed: of the draws, and with them of all that follows.
 
   Returns:
     low_label/SETTING/accuracy: percent of the test pictures, mean over the draws; SETTING is "1pct"

@@ -60,13 +60,13 @@ def run(
   figures are of its pixels, not of the original's.
 
   Args:
-    source: "masks:PATH"; see `data.dense.MaskSource`. train_split, test_split: of it.
-    head: one of HEADS. stride: of the grid it works on, pixels. levels, width: of the light one.
+    source: "masks:PATH"; see `data.dense.MaskSource`. train_split, test_split: of that source.
+    head: "linear" or "light". stride: of the grid it works on, pixels. levels, width: of the light
+      one's pyramid: how many levels, and channels.
     size: side of the view, pixels; a multiple of the encoder's coarsest stride.
     scales: range of the random scale in training; a mirror image half the time.
-    steps, batch_size (of all devices), learning_rate, weight_decay, finetune, encoder_rate: see
-      `dense.train_head`.
     num_pictures: test pictures shown beside truth and prediction in segmentation.png.
+    others: as `dense.train_head`.
 
   Returns:
     segmentation/miou: percent; the mean of TP / (TP + FP + FN) over the classes that truth or

@@ -26,7 +26,11 @@ def make(
   num_layers: int = 2,
   block: int = 0,
 ) -> Method:
-  """DCL's Method; the arguments are `simclr.make`'s."""
+  """DCL's Method.
+
+  Args:
+    others: as `simclr.make`.
+  """
   del run
   check_positive("dcl", temperature=temperature)
   global_spec(views, method="dcl", count=2)

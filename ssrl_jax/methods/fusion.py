@@ -119,9 +119,11 @@ def make(
       an objective on each scale.
     views: "global" with count >= 2, and optionally "local", which only the online branch sees.
     run: total_steps is the length of tau's schedule.
-    target: see above. tau: kept by the moving average at step 0, rising to 1 as half a cosine.
+    target: "views" (their mean) or "momentum", see above.
+    tau: kept by the moving average at step 0, rising to 1 as half a cosine.
     consistency_weight, constraint_weight: of the objective's two terms.
-    constraint: "coding_rate" (with distortion `eps`), "variance_covariance", "sigreg" or "none".
+    constraint: "coding_rate", "variance_covariance", "sigreg" or "none".
+    eps: the distortion of the coding rate.
     scale_weight: of each scale's objective; 0 = none.
     place_weight: of the objective of the places of global views; 0 = none, 1 in our recipes. They
       meet their target, also a moving average's, without a predictor. Not with "sigreg", whose

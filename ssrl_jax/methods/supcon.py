@@ -34,7 +34,11 @@ def make(
   num_layers: int = 2,
   block: int = 0,
 ) -> Method:
-  """SupCon's Method; the arguments are `simclr.make`'s, and the data must be labelled."""
+  """SupCon's Method; the data must be labelled.
+
+  Args:
+    others: as `simclr.make`.
+  """
   check_labelled("supcon", run)
   check_positive("supcon", temperature=temperature)
   global_spec(views, method="supcon", count=2)

@@ -35,11 +35,11 @@ class AttentionEncoder(nn.Module):
   """
 
   backbone: nn.Module  # images, train -> Features
-  width: int = 128
-  heads: int = 4
+  width: int = 128  # channels of an attended map
+  heads: int = 4  # of the query that pools each level
   levels: int = 3  # of the coarsest maps
   reduction: int = 8  # of the channels, inside the channel attention
-  pooled: str = "backbone_scales"  # a key of POOLED; "scales" retrieves better, tunes worse
+  pooled: str = "backbone_scales"  # | backbone | scales: retrieves better, tunes worse
   dtype: Any = jnp.float32
   norm: str = "batch"  # see models.resnet.normalised
 

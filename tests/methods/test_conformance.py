@@ -162,8 +162,12 @@ def test_one_device_and_eight_agree_on_loss_gradients_and_state(case):
   assert all(len(shape) <= 2 for shape in lapack_shapes(program.as_text())), "losses/factor.py"
 
 
+# Negatives, a decomposition, Sinkhorn, masks in a ViT, coding rates of the fused encoder.
+NOT_COMPILED = ("simclr", "w_mse", "swav", "ijepa", "fusion")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", METHODS, indirect=True)
+@pytest.mark.parametrize("case", NOT_COMPILED, indirect=True)
 def test_compiled_and_plain_loss_agree(case):
   with jax.disable_jit():
     plain = case.method.loss(*case.inputs)
