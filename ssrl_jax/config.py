@@ -150,9 +150,7 @@ def base_config(method: str) -> ConfigDict:
   c.evaluate.controls = True  # also evaluate the untrained encoder and raw pixels
   c.evaluate.batch_size = 256  # pictures at once over all devices
   c.evaluate.size = 32  # side of the evaluation view, pixels
-  c.evaluate.crop = (
-    1.0  # that view's share of the shorter side: 0.875 = resize 256, centre crop 224
-  )
+  c.evaluate.crop = 1.0  # that view's share of the shorter side; 0.875: 256, then crop 224
   for name, protocol in EVALS.items():
     c.evaluate[name] = ConfigDict(keyword_defaults(protocol.run))
   c.evaluate.report = True  # write report.html
