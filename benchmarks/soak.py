@@ -57,7 +57,7 @@ RUNS = {
 }  # fmt: skip
 MOMENTS = ("any time", "first step", "end of an epoch", "checkpoint", "evaluation")
 TABLE = """
-from ssrl_jax.tables import Column, Judge, Row, Table, Training
+from ssrl_jax.table import Column, Judge, Row, Table, Training
 
 def get_table(budget):
   rows = tuple(

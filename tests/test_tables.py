@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 
 from ssrl_jax import tables
+from ssrl_jax.config import load_file
 from ssrl_jax.run_folder import alone_in
+from ssrl_jax.table import (
+  BUDGETS,
+  Column,
+  Judge,
+  Row,
+  Table,
+  Training,
+  load_table,
+  load_tables,
+  resolve,
+)
 from ssrl_jax.table_text import chart, latex, long_rows, markdown
-from ssrl_jax.tables import Column, Judge, Row, Table, Training
 from tests.commands import ROOT
 
 SMOKE = "configs/smoke.py:simclr"
@@ -171,10 +182,10 @@ def test_all_tables_of_a_folder_are_shared_out_without_a_training_done_twice(tmp
 
 
 def test_a_folder_is_all_of_its_tables(tmp_path):
-  names = [name for name, _ in tables.load_tables("configs/tables:paper")]
+  names = [name for name, _ in load_tables("configs/tables:paper")]
   assert names == sorted(f"{p.stem}-paper" for p in Path("configs/tables").glob("[a-z]*.py"))
   with pytest.raises(FileNotFoundError, match="holds no table files"):
-    tables.load_tables(str(tmp_path))
+    load_tables(str(tmp_path))
 
 
 def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
@@ -259,10 +270,10 @@ def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
   assert tables.missing(TABLE, [tmp_path]) == ([], [])
 
 
-@pytest.mark.parametrize("budget", tables.BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("path", sorted(Path("configs/tables").glob("[a-z]*.py")), ids=str)
 def test_every_table_file_names_only_what_exists(path, budget):
-  name, table = tables.load_table(f"{path}:{budget}")
+  name, table = load_table(f"{path}:{budget}")
   assert name == f"{path.stem}-{budget}"
   assert table.rows
   assert table.columns
@@ -315,12 +326,12 @@ def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
 def test_a_table_that_names_nothing_is_refused(tmp_path, monkeypatch, change, message):
   path = tmp_path / "bad.py"
   path.write_text("TABLE = None\ndef get_table(budget):\n  return TABLE\n")
-  module = tables.load_file(str(path))
+  module = load_file(str(path))
   module.TABLE = TABLE._replace(**change)
-  real = tables.load_file
-  monkeypatch.setattr(tables, "load_file", lambda p: module if p == str(path) else real(p))
+  real = load_file
+  monkeypatch.setattr("ssrl_jax.table.load_file", lambda p: module if p == str(path) else real(p))
   with pytest.raises(ValueError, match=message):
-    tables.load_table(str(path))
+    load_table(str(path))
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
@@ -331,13 +342,13 @@ def test_rows_that_are_no_part_are_refused(text):
 
 def test_unknown_file_and_budget_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="configs/tables"):
-    tables.load_table("configs/tables/none.py")
+    load_table("configs/tables/none.py")
   with pytest.raises(ValueError, match="unknown budget 'locl'; did you mean 'local'"):
-    tables.load_table("configs/smoke.py:locl")
+    load_table("configs/smoke.py:locl")
 
 
 REAL = """
-from ssrl_jax.tables import Column, Judge, Row, Table, Training
+from ssrl_jax.table import Column, Judge, Row, Table, Training
 
 def get_table(budget):
   train = Training("configs/smoke.py:simclr", {"steps": 2, "data.num_train": 64})
@@ -372,9 +383,9 @@ def test_runs_of_a_recipe_that_was_changed_since_are_refused(tmp_path, capsys):
   """Else an edited recipe would show the figures of its old form."""
   (tmp_path / "real.py").write_text(REAL)
   argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path}", "--report"]
-  _, table = tables.load_table(argv[1].removeprefix("--table="))
+  _, table = load_table(argv[1].removeprefix("--table="))
   (run, *_) = tables.runs_of(table)
-  config = tables.resolve(run.training)
+  config = resolve(run.training)
   config.data.source, config.seed, config.evaluate.evals = "folder:/elsewhere", 7, ""
   del config.guard.keep  # a knob that an older version did not have
   path = run.folder([tmp_path]) / "config.json"
@@ -402,9 +413,9 @@ def test_runs_of_a_recipe_that_was_changed_since_are_refused(tmp_path, capsys):
 def test_runs_that_are_older_than_a_knob_that_the_recipe_turns_are_refused(tmp_path, capsys):
   (tmp_path / "real.py").write_text(REAL.replace(":simclr", ":fusion"))
   argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path}", "--report"]
-  _, table = tables.load_table(argv[1].removeprefix("--table="))
+  _, table = load_table(argv[1].removeprefix("--table="))
   (run, *_) = tables.runs_of(table)
-  config = tables.resolve(run.training)
+  config = resolve(run.training)
   del config.method.place_weight, config.method.place_grid
   path = run.folder([tmp_path]) / "config.json"
   path.parent.mkdir(parents=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ssrl_jax.tables import DATA, Training
+from ssrl_jax.table import DATA, Training
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, NOTHING, cifar, imagenet
-from ssrl_jax.tables import Column, Judge, Row, Table, Training
+from ssrl_jax.table import Column, Judge, Row, Table, Training
 
 LOCAL = {"local_views.count": 2, "local_views.area": (0.05, 0.2)}
 

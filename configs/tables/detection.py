@@ -1,7 +1,7 @@
 """Detection on an encoder's maps: Zhang 2026 claims about +2.5 mAP."""
 
 from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
-from ssrl_jax.tables import DATA, Column, Judge, Row, Table
+from ssrl_jax.table import DATA, Column, Judge, Row, Table
 
 STEPS = {"local": 300, "paper": 24_000}
 

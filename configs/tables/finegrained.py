@@ -5,7 +5,7 @@ so linear, retrieval and fine-tuned are shown apart, each beside the random init
 """
 
 from configs.tables import grocery, imagenet
-from ssrl_jax.tables import DATA, Column, Judge, Row, Table
+from ssrl_jax.table import DATA, Column, Judge, Row, Table
 
 METHODS = ("finegrained", "moco_v2", "simclr", "swav", "fusion")
 

@@ -1,7 +1,7 @@
 """Linear accuracy of frozen features: Zhang 2026's main table."""
 
 from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
-from ssrl_jax.tables import Column, Judge, Row, Table
+from ssrl_jax.table import Column, Judge, Row, Table
 
 
 def get_table(budget: str) -> Table:

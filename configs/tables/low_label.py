@@ -1,7 +1,7 @@
 """Few labels: 1 % and 10 % of them, linear on frozen features and fine-tuned."""
 
 from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, cifar, imagenet
-from ssrl_jax.tables import Column, Judge, Row, Table
+from ssrl_jax.table import Column, Judge, Row, Table
 
 
 def get_table(budget: str) -> Table:

@@ -2,7 +2,7 @@
 
 from configs.tables import FROZEN, cifar, imagenet
 from ssrl_jax.methods import METHODS
-from ssrl_jax.tables import Column, Judge, Row, Table
+from ssrl_jax.table import Column, Judge, Row, Table
 
 CONTROLS = {
   "ResNet": "simclr",

@@ -1,7 +1,7 @@
 """Accuracy under noise and the other corruptions: Zhang 2026 claims 7.5 points under noise."""
 
 from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, cifar, imagenet
-from ssrl_jax.tables import Column, Judge, Row, Table
+from ssrl_jax.table import Column, Judge, Row, Table
 
 
 def get_table(budget: str) -> Table:

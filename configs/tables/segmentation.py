@@ -1,7 +1,7 @@
 """Segmentation on an encoder's maps: Zhang 2026 claims about +2.5 mIoU."""
 
 from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
-from ssrl_jax.tables import DATA, Column, Judge, Row, Table
+from ssrl_jax.table import DATA, Column, Judge, Row, Table
 
 STEPS = {"local": 300, "paper": 20_000}
 SEEDS = {"fusion": (0, 1), "simclr": (0, 1), "swav": (0,)}  # of the local budget

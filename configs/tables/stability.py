@@ -1,7 +1,7 @@
 """Stability of training: spread over seeds, and what another learning rate does."""
 
 from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
-from ssrl_jax.tables import Column, Judge, Row, Table, resolve
+from ssrl_jax.table import Column, Judge, Row, Table, resolve
 
 # The seeds of each factor of the learning rate.
 SEEDS = {0.1: (0,), 1.0: (0, 1, 2), 3.0: (0,)}
