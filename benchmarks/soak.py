@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_results
-from ssrl_jax.watch import TIMED
+from ssrl_jax.watch import RATES
 
 KILLS_A_RUN = 5
 STEPS, EPOCH, SAVE_EVERY, JUDGE_EVERY = 26, 6, 4, 5
@@ -152,7 +152,7 @@ def outcome(folder: Path) -> dict[str, Any]:
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   return {
     "digest": record["state_digest"],
-    "metrics": [{k: v for k, v in line.items() if k not in TIMED} for line in lines],
+    "metrics": [{k: v for k, v in line.items() if k not in RATES} for line in lines],
     "evaluation": record["results"],
   }
 

@@ -47,7 +47,7 @@ def base_config(method: str) -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # of initialisation, data order and views
   c.batch_size = 256  # images per step over all devices
-  c.accumulate = 1  # parts in which they go through the network: the same gradient, less memory
+  c.accumulate = 1  # parts in which a batch is computed: the same gradient, less memory
   c.epochs = 100.0  # passes over the training set
   c.steps = 0  # if > 0: this many steps, whatever `epochs` says
   c.method = ConfigDict({"name": method, **keyword_defaults(METHODS[method])})
@@ -75,20 +75,20 @@ def base_config(method: str) -> ConfigDict:
   c.data.canvas = 32  # side in pixels of the square that a decoded picture is put on
   c.data.num_train = 0  # this many training images, drawn with `seed_subset`; 0 = all
   c.data.num_test = 0  # this many test images; 0 = all
-  c.data.seed_subset = 0  # which ones: the same for every seed of a run
+  c.data.seed_subset = 0  # of the choice of num_train images: the same for every seed of a run
   c.data.frames = 1  # of clips: frames an example, of which view v shows the (v % frames)-th
   c.data.frame_span = 0  # of clips: window of frames to draw from, anywhere; 0 = whole clip
   c.data.sampling = "uniform"  # uniform: each once an epoch | class: balanced | weights | clusters
   c.data.sampling_file = ""  # .npy of one weight or cluster number for each training example
   c.data.sampling_power = 1.0  # 1 = fully balanced, 0 = uniform: n examples weigh n^(1 - power)
-  c.data.cache = ""  # "device": still pictures are decoded once and kept on the devices; "": read
+  c.data.cache = ""  # "device": pictures are decoded once and kept there; "": anew each epoch
   c.data.cache_mib = 4096.0  # most that the cache may take of one device
   c.data.steps_ahead = 8  # with the cache: steps given to the devices before metrics are awaited
   c.data.workers = 0  # reader processes; 0 = threads of this one
   c.data.threads = 2  # reader threads in each process
   c.data.max_bad_fraction = 0.01  # of the examples seen; more damaged ones stop; 0 = one does
   c.data.mean = (0.485, 0.456, 0.406)  # subtracted from pixels in [0, 1]
-  c.data.std = (0.229, 0.224, 0.225)  # by which they are divided then
+  c.data.std = (0.229, 0.224, 0.225)  # pixels are divided by it, after the mean
   c.data.dry_run_examples = 50_000  # what --dry_run takes for the size of the training set
   c.data.dry_run_classes = 10  # what --dry_run takes for the number of classes
 
@@ -96,13 +96,13 @@ def base_config(method: str) -> ConfigDict:
   c.local_views = view_group(count=0)  # 0 = none; only methods that know what to do with them
   c.views_ramp = ConfigDict()  # crops, colours and blur that grow stronger while training
   c.views_ramp.start = 1.0  # strength at step 0, from 0 (largest crops and flips alone) to 1 = off
-  c.views_ramp.epochs = 0.0  # over which it grows linearly to 1
+  c.views_ramp.epochs = 0.0  # over which the strength grows linearly to 1
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # adamw | lars | larc | sgd
   c.optim.learning_rate = 1e-3  # at the peak
   c.optim.scale_by_batch = False  # True: learning_rate is for batch 256 and scales with the batch
-  c.optim.warmup_epochs = 10.0  # over which it rises linearly from 0
+  c.optim.warmup_epochs = 10.0  # over which the learning rate rises linearly from 0
   c.optim.final_fraction = 0.0  # of the peak, at the end of the cosine
   c.optim.weight_decay = 1e-4  # of kernels; the run says which arrays have none
   c.optim.final_weight_decay = -1.0  # adamw: at the end of a cosine; -1 = stays the same

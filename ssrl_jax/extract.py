@@ -2,8 +2,8 @@
 
 Writes the frozen features of pictures by the newest whole checkpoint of a run, as the evaluations
 see them: the centre of each picture, at the size of config.evaluate. For `numpy.load`: an array
-[N, D] for each of --kinds, and `labels` (-1: unknown), `names` and `ids` (positions in the source)
-[N] of the pictures that can be read.
+[N, D] for each of --kinds, and [N] `labels` (-1: unknown; else they count in `classes`), `names`
+and `ids` (positions) of the pictures that can be read.
 """
 
 from __future__ import annotations
@@ -21,27 +21,36 @@ from ssrl_jax.experiment import open_split
 from ssrl_jax.run_folder import load_config
 
 
-def run(folder: Path, source: str, split: str, kinds: str, out: Path) -> int:
+def run(folder: Path, source: str, split: str, kinds: str, devices: int, out: Path) -> int:
+  if out.is_dir():
+    raise ValueError(f"--out={out} is a folder; name a file in it")
   config = load_config(folder)
-  config.mesh.update({"devices": 0, "slices": 0, "fsdp": 1})  # those that are here
+  config.mesh.update({"devices": devices, "slices": 0, "fsdp": 1})
   experiment, state = load_run(folder, mesh=config.mesh)
   config = experiment.config
-  if source:  # all of it
-    config.data.update({"source": source, "num_train": 0, "num_test": 0})
+  config.data.source = source or config.data.source
+  if source or split not in (config.data.train, config.data.test):  # all of it
+    config.data.update({"num_train": 0, "num_test": 0})
   which = "test" if split == config.data.test else "train"
   config.data[which] = split
   pictures = open_split(config, which)
   evaluation = trained_evaluation(experiment, state, pictures, None)
-  wanted = evaluation.kinds() if kinds == "all" else tuple(kinds.split(","))
+  known = evaluation.kinds()
+  wanted = known if kinds == "all" else tuple(kind.strip() for kind in kinds.split(","))
   for kind in wanted:
     evaluation.check_kind(kind)
   out.parent.mkdir(parents=True, exist_ok=True)
+  if any(kind != "pooled" for kind in wanted):
+    evaluation.features("train", known[-1])  # all kinds at once
   found = {kind: evaluation.features("train", kind) for kind in wanted}
   rows = found[wanted[0]]
   arrays = {kind: rows.features for kind, rows in found.items()}
   names = np.array([pictures.name(int(i)) for i in rows.ids])
-  with out.open("wb") as file:  # np.savez itself would add a suffix to another name
-    np.savez(file, **arrays, labels=rows.labels, ids=rows.ids, names=names)
+  classes = np.array(pictures.class_names, dtype=str)
+  partial = out.with_name(out.name + ".partial")
+  with partial.open("wb") as file:  # np.savez itself would add a suffix to another name
+    np.savez(file, **arrays, labels=rows.labels, classes=classes, ids=rows.ids, names=names)
+  partial.replace(out)
   shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in arrays.items())
   print_line(f"{out}: {shapes} of {len(rows.ids)} of {len(pictures)} pictures of {pictures!r}")
   return 0
@@ -58,6 +67,10 @@ def cli(argv: list[str]) -> int:
       "source", "", "Pictures, as config.data.source names them; default: the run's.", values
     )
     flags.DEFINE_string("split", "train", "Which of the source's.", values)
+    flags.DEFINE_integer(
+      "devices", 1, "That share the work; 0: all. They must divide the run's batches.",
+      flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string(
       "kinds", "pooled", "Which vectors, e.g. pooled,map8, or all; of `evaluate.features.vectors`.",
       values,
@@ -65,12 +78,13 @@ def cli(argv: list[str]) -> int:
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     if help_asked(argv, __doc__, values):
       return 0
-    values(argv)
+    if rest := values(argv)[1:]:
+      raise ValueError(f"unknown argument {rest[0]!r}; --help lists the flags")
     for name in ("workdir", "out"):
       if not values[name].value:
         raise ValueError(f"--{name} is missing; --help says what it is")
     folder, out = (Path(p).expanduser() for p in (values.workdir, values.out))
-    return run(folder, values.source, values.split, values.kinds, out)
+    return run(folder, values.source, values.split, values.kinds, values.devices, out)
 
   return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
 

@@ -33,7 +33,6 @@ from ssrl_jax.evaluate.during import evaluate_during
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
 from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
 from ssrl_jax.knobs import help_lines
-from ssrl_jax.metrics import read_metrics
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
@@ -104,13 +103,13 @@ def run(argv: list[str]) -> int:
     say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
         f"({experiment.mesh.devices.flat[0].device_kind}); folder {folder}")  # fmt: skip
     say(describe_groups(params))
-    costs = Costs(read_metrics(folder), started=started)
+    costs = Costs(folder / "costs.json", started=started, writes=jax.process_index() == 0)
     stacks = folder / f"stacks-{jax.process_index()}.txt"
     with processes.watchdog(
       stacks, first_minutes=limits.first_minutes, minutes=limits.minutes
     ) as moved:
       state, finished = train(
-        experiment, source, folder, say=say, moved=moved, evaluate=evaluate, costs=costs.read
+        experiment, source, folder, say=say, moved=moved, evaluate=evaluate, keep_costs=costs.keep
       )
     if not finished:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")
@@ -144,6 +143,7 @@ def judge(
   evals = config.evaluate.evals
   evaluated = evaluate_run(experiment, state, source, test, evals=evals, say=say, moved=moved)
   write_results(folder, experiment, state, evaluated.results, command=command, costs=costs.read())
+  costs.keep()
   if config.evaluate.report:
     views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)
     if evaluated.evaluation:

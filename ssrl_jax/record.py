@@ -30,7 +30,7 @@ class Record:
     damage: example -> why it cannot be read.
     seen: batch -> the whole batch that the step was given, on the host.
     flops: of a step. peak: FLOP/s of all devices together.
-    costs: what the run has cost until now.
+    keep_costs: is called when a line was written.
     say: shows a line.
     moved: is called when a step was finished.
   """
@@ -46,7 +46,7 @@ class Record:
     seen: Callable[[HostBatch], HostBatch],
     flops: float,
     peak: float,
-    costs: Callable[[], dict[str, float]],
+    keep_costs: Callable[[], None],
     say: Callable[[str], None],
     moved: Callable[[], None],
   ):
@@ -54,7 +54,7 @@ class Record:
     self._total, self._every = experiment.total_steps, config.log.every_steps
     self._batch_size = config.batch_size
     self._damaged, self._damage, self._seen = damaged, damage, seen
-    self._costs, self._say, self._moved = costs, say, moved
+    self._keep_costs, self._say, self._moved = keep_costs, say, moved
     writes = jax.process_index() == 0
     self._writer = Writer(workdir, step=step, tensorboard=config.log.tensorboard, writes=writes)
     self._guard = Guard(
@@ -83,8 +83,9 @@ class Record:
       self._damaged.settle(step, figures["data/substituted"], unread_B, self._damage)
       self.latest.update(figures if good else {})
       if step % self._every == 0 or step == self._total:
-        figures |= self.watch.read(step) | self._costs()
+        figures |= self.watch.read(step)
         self._writer.write(step, figures)
+        self._keep_costs()
         self._guard.check_collapse(step, figures)
         self._say(progress_line(step, self._total, figures, self._batch_size))
 

@@ -228,7 +228,8 @@ def run_figures(folder: Path) -> dict[str, float]:
   """Of the run itself: cost, and whether it diverged.
 
   minutes: wall clock. cpu_minutes: processor time over all threads; less where an earlier run of
-  the folder had compiled the same program. Both over all starts of the run (watch.Costs).
+  the folder had compiled the same program. Both of the first process, over all starts of the run
+  (watch.Costs).
   images_per_second: median over the log. diverged: 1 where the loss was not finite.
   """
   if diverged(folder):

@@ -85,14 +85,14 @@ def train(
   say: Callable[[str], None],
   moved: Moved = lambda within=0: None,
   evaluate: Evaluate | None = None,
-  costs: Callable[[], dict[str, float]] = dict,
+  keep_costs: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, bool]:
   """Trains from the newest checkpoint of `workdir` (or from nothing) to the last step.
 
   Args:
     moved: is called when a step was finished.
     evaluate: of evaluate.during; None: nothing is evaluated meanwhile.
-    costs: what the run has cost until now, kept beside the metrics.
+    keep_costs: is called when a line of metrics was written.
 
   Returns:
     The final state, and whether the run is over: the last step, or early stopping (False: SIGTERM
@@ -133,7 +133,7 @@ def train(
     seen=steps.seen,
     flops=flops,
     peak=peak * experiment.mesh.size,
-    costs=costs,
+    keep_costs=keep_costs,
     say=say,
     moved=moved,
   )

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
-from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+from ssrl_jax.files import write_json
+
+# The figures in metrics.jsonl that differ when a run is made again.
 RATES = ("images_per_second", "data_wait_percent", "mfu_percent")
 COSTS = ("wall_seconds", "cpu_seconds")
-TIMED = (*RATES, *COSTS)  # the figures in metrics.jsonl that differ when a run is made again
 
 
 class Costs:
-  """What a run has cost until now, in seconds: wall clock, and processor time over all threads.
+  """What a run has cost over all its starts, in seconds, kept in WORKDIR/costs.json.
 
-  Of the first process of each start of the run, from `started` (of `time.monotonic`) on; what a
-  killed one did after its last line in metrics.jsonl is not in it.
-
-  Args:
-    records: the lines of metrics.jsonl that there are.
+  wall_seconds: from `started` (of `time.monotonic`) on. cpu_seconds: processor time of all threads,
+  imports included; of the first process alone, and not of its readers (`data.workers`). What a
+  killed start did after it had last been kept, which every line of metrics.jsonl does, is missing.
   """
 
-  def __init__(self, records: Iterable[Mapping[str, float]], *, started: float):
+  def __init__(self, path: Path, *, started: float, writes: bool = True):
+    self._path, self._started, self._writes = path, started, writes
     self._before = dict.fromkeys(COSTS, 0.0)
-    for record in records:
-      self._before |= {name: record[name] for name in COSTS if name in record}
-    self._started = started
+    if path.exists():
+      self._before |= json.loads(path.read_text())
 
   def read(self) -> dict[str, float]:
     wall, cpu = time.monotonic() - self._started, time.process_time()
     return {k: v + self._before[k] for k, v in zip(COSTS, (wall, cpu), strict=True)}
+
+  def keep(self) -> None:
+    if self._writes:
+      with contextlib.suppress(OSError):  # no run should end for it
+        write_json(self._path, self.read())
 
 
 class Stopwatch:

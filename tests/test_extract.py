@@ -40,7 +40,8 @@ def extracted(root, *arguments):
 def test_features_are_those_of_the_encoder_row_by_row(root, capsys):
   found = extracted(root, f"--source=folder:{root / 'own'}")
   assert "9 of 10 pictures" in capsys.readouterr().out
-  assert found.keys() == {"pooled", "labels", "ids", "names"}
+  assert found.keys() == {"pooled", "labels", "classes", "ids", "names"}
+  assert list(found["classes"]) == ["many", "one"]
   assert list(found["labels"]) == [0] * 8 + [1]
   assert [name.split("/")[-2:] for name in found["names"]] == [
     *(["many", f"{i}.png"] for i in (0, 1, 2, 4, 5, 6, 7, 8)),
@@ -55,9 +56,13 @@ def test_features_are_those_of_the_encoder_row_by_row(root, capsys):
 
 
 def test_all_kinds_of_the_run_s_own_test_pictures(root):
-  found = extracted(root, "--split=test", "--kinds=all")
-  assert {"pooled", "map1"} < found.keys()
-  assert {len(x) for x in found.values()} == {24}
+  found = extracted(root, "--split=test", "--kinds=map1, pooled", "--devices=8")
+  assert found.keys() == {"pooled", "map1", "labels", "classes", "ids", "names"}
+  assert {len(x) for name, x in found.items() if name != "classes"} == {24}
+  assert len(found["classes"]) == 10
+  everything = extracted(root, "--split=test", "--kinds=all")
+  assert everything.keys() == found.keys() | {"map2"}
+  np.testing.assert_allclose(everything["pooled"], found["pooled"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,8 @@ def test_all_kinds_of_the_run_s_own_test_pictures(root):
     (["--workdir=/nowhere", "--out=x"], "no run's folder"),
     (["--workdir=RUN", "--out=x", "--kinds=poled"], "unknown kind of vector 'poled'"),
     (["--workdir=RUN", "--out=x", "--source=folder:/nowhere"], "/nowhere"),
+    (["--workdir=RUN", "--out=.", "--source=folder:/nowhere"], "--out=. is a folder"),
+    (["stray", "--workdir=RUN", "--out=x"], "unknown argument 'stray'"),
   ],
 )
 def test_what_cannot_be_is_one_line(arguments, message, root, capsys, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from absl import flags
 
 from ssrl_jax import parallel, processes
 from ssrl_jax.run_folder import alone_in
-from ssrl_jax.watch import TIMED
+from ssrl_jax.watch import RATES
 from tests.commands import LIMIT, ROOT, Fork, free_port, together
 
 HERE = "tests.test_processes"
@@ -71,7 +71,7 @@ def finish(commands):
 
 def records(folder):
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in r.items() if k not in TIMED} for r in lines]
+  return [{k: v for k, v in r.items() if k not in RATES} for r in lines]
 
 
 def results(folder):

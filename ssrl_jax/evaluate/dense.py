@@ -164,7 +164,7 @@ def train_head(
     learning_rate: at the peak.
     weight_decay: of kernels.
     finetune: trains the encoder, too.
-    encoder_rate: multiplies its learning rate then.
+    encoder_rate: multiplies the learning rate of an encoder that is trained, too.
     seed: of the head, the order and the views.
   """
   _check_options(name, scales, steps, learning_rate, encoder_rate)

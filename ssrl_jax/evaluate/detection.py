@@ -64,8 +64,9 @@ def run(
 
   Args:
     source: "coco:PATH"; see `data.dense.CocoSource`. train_split, test_split: of that source.
-    stride, levels: of the pyramid's finest level, pixels, or the encoder's next; how many, each of
-      twice the stride before. width, depth: of the head: channels, convolutions of each tower.
+    stride: of the pyramid's finest level, pixels, or the encoder's next.
+    levels: of the pyramid, each of twice the stride before.
+    width: channels of the head. depth: convolutions of each of its towers.
     size: side of the view, pixels; a multiple of the encoder's coarsest stride.
     scales: range of the random scale in training; a mirror image half the time.
     max_boxes: that one training picture may have; see `CocoSource`.

@@ -71,9 +71,9 @@ def run(
   Args:
     epochs: of the labelled pictures that are used; also where these are few.
     batch_size: at most; of all devices together.
-    optimizer: adamw, or sgd with `momentum`.
+    optimizer: adamw or sgd.
     learning_rate: at the peak and for batch 256; scaled linearly with the batch size.
-    head_rate: multiplies the head's.
+    head_rate: multiplies the learning rate of the head.
     weight_decay: on arrays of two or more axes.
     momentum: of sgd.
     warmup_epochs: over which the rate rises linearly from 0.
@@ -85,8 +85,8 @@ def run(
       2018) or symmetric (with alpha, beta, log_zero; Wang et al. 2019). See
       losses/classification.py.
     q: of loss generalised, in (0, 1]; the larger, the less a label that looks wrong pulls.
-    alpha, beta, log_zero: of loss symmetric: weights of cross-entropy and of its reverse, and what
-      stands for log 0 in that.
+    alpha: of loss symmetric: weight of cross-entropy. beta: of loss symmetric: weight of its
+      reverse. log_zero: of loss symmetric: what stands for log 0 in the reverse.
     label_noise: share of the training labels in use that become another class, uniformly.
     label_fraction, num_per_class, labels_file: the labels in use; see `labels.choose_ids`.
     seed: of the choice of labels, their noise, the order and the views.

@@ -47,11 +47,11 @@ def run(
   Args:
     kind: which vectors, see `features.vectors`; the other encoder must have them too.
     num_test: test pictures, spread evenly, for all figures but LiDAR and alignment; 0: all.
-    num_lidar, num_views: n pictures and q views of each for LiDAR (the paper: n 1000, q 50);
-      alignment takes the first two views.
+    num_lidar: pictures for LiDAR; 1000 in the paper.
+    num_views: of each of them; 50 in the paper. Alignment takes the first two.
     area, jitter, greyscale, flip: of those views, as in `ViewSpec`, whatever the run trained with.
     delta: LiDAR's ridge.
-    alpha_from, alpha_to: the first and last eigenvalue (counted from 1) of the line for alpha.
+    alpha_from: the first eigenvalue (counted from 1) of the line for alpha. alpha_to: the last.
     seed: of the views.
 
   Returns:

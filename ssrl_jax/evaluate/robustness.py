@@ -75,7 +75,7 @@ def run(
       the default), or the robustness.json that this protocol wrote for another encoder.
     sigmas: of a sweep of Gaussian noise on pixels in [0, 1]; the same noise, scaled.
     seed: of the chance in the corruptions and of the probe.
-    probe_epochs, k, temperature: as in `linear.run` and `knn.run`.
+    probe_epochs: of the linear probe. k, temperature: of k-NN, as in `knn.run`.
 
   Returns:
     robustness/clean: accuracy on the clean pictures, percent; so are the next four.

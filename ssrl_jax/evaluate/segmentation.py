@@ -61,8 +61,8 @@ def run(
 
   Args:
     source: "masks:PATH"; see `data.dense.MaskSource`. train_split, test_split: of that source.
-    head: "linear" or "light". stride: of the grid it works on, pixels. levels, width: of the light
-      one's pyramid: how many levels, and channels.
+    head: "linear" or "light". stride: of the grid it works on, pixels. levels: of the
+      light head's pyramid. width: its channels.
     size: side of the view, pixels; a multiple of the encoder's coarsest stride.
     scales: range of the random scale in training; a mirror image half the time.
     num_pictures: test pictures shown beside truth and prediction in segmentation.png.

@@ -32,7 +32,7 @@ def make(
     views: one spec named "global" with count 2.
     run: unused, the objective has no schedule.
     off_diagonal_weight: lambda of the paper, of the squares beside the diagonal.
-    scale: of the whole loss, see above.
+    scale: factor of the whole loss.
     hidden_dim, out_dim, num_layers: of the projector.
   """
   del run

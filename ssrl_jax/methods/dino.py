@@ -65,8 +65,9 @@ def make(
     run: epochs and the length of tau's schedule are counted with it.
     num_prototypes: outputs of the head.
     temperature: of the student.
-    teacher_temperature, start_teacher_temperature, warmup_epochs: of the teacher: from the second
-      to the first, linearly, over so many epochs.
+    teacher_temperature: of the teacher, after warmup_epochs.
+    start_teacher_temperature: of the teacher at step 0.
+    warmup_epochs: in which the teacher's temperature goes from the one to the other, linearly.
     centring: "centre", "sinkhorn" (DINOv2), or "none", which collapses; for ablations.
     centre_momentum: kept of the centre at each step.
     tau: kept by the teacher at step 0, rising to 1 as half a cosine; 0.9995 for batch 256.

@@ -84,7 +84,8 @@ def make(
     temperature: of the cosines, > 0.
     tau: kept by the moving average, constant.
     queue_size: keys of earlier batches, at random at the start.
-    num_parts: squares cut from a view; 0 = none. part_fraction: their side, of the view's.
+    num_parts: squares cut from a view; 0 = none. part_fraction: side of a part, as a share
+      of the view's.
     part_weight: of the parts' mean loss, the whole's having 1.
     encode_parts: whether the parts' mean vector is part of the features, for twice the numbers.
     hidden_dim, out_dim: of the projector.

@@ -119,9 +119,9 @@ def make(
       an objective on each scale.
     views: "global" with count >= 2, and optionally "local", which only the online branch sees.
     run: total_steps is the length of tau's schedule.
-    target: "views" (their mean) or "momentum", see above.
+    target: "views" (the mean of the image's) or "momentum" (a moving average's).
     tau: kept by the moving average at step 0, rising to 1 as half a cosine.
-    consistency_weight, constraint_weight: of the objective's two terms.
+    consistency_weight: of the objective's first term. constraint_weight: of its second.
     constraint: "coding_rate", "variance_covariance", "sigreg" or "none".
     eps: the distortion of the coding rate.
     scale_weight: of each scale's objective; 0 = none.

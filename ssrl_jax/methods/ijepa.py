@@ -99,7 +99,8 @@ def make(
     views: "global" with count 1 or more; the paper only crops, and draws areas from 0.3 to 1.
     run: total_steps is the length of tau's schedule.
     tau: kept by the moving average at step 0, rising to 1 linearly.
-    num_targets: blocks to predict. target_area, target_aspect: theirs, relative to the view.
+    num_targets: blocks to predict. target_area, target_aspect: of the blocks to predict,
+      relative to the view.
     context_area: of the block that the context is, square.
     predictor_dim, predictor_depth, predictor_heads: of the predictor.
   """

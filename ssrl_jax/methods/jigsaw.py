@@ -75,7 +75,8 @@ def make(
     run: unused, the objective has no schedule.
     num_permutations: to tell apart, at most 20,000.
     gap: share of a cell's side that a tile leaves free, in [0, 1): 21 of 85 in the paper.
-    tile_dim: of each tile's vector before they are joined. hidden_dim: after.
+    tile_dim: of each tile's vector before they are joined.
+    hidden_dim: of the layer on the joined vectors.
   """
   del run
   size = global_spec(views, method="jigsaw", count=1).size

@@ -70,7 +70,7 @@ def make(
     global_weight: alpha, of the global loss; the local one has the rest. 0.75 or 0.9.
     invariance_weight, variance_weight, covariance_weight: of the three terms of both.
     num_matches: places of each map that count, the closest ones; at most all are used.
-    hidden_dim, out_dim, num_layers: of the projector. maps_dim: of the maps' (3 layers).
+    hidden_dim, out_dim, num_layers: of the projector. maps_dim: of the maps' projector (3 layers).
   """
   del run
   if not 0 <= global_weight <= 1:

@@ -48,7 +48,7 @@ class FusionEncoder(nn.Module):
   backbone: nn.Module  # images, train -> Features
   width: int = 128  # channels of a fused map
   pooled: str = "backbone_scales"  # backbone | fused | scales | backbone_fused | backbone_scales
-  maps: str = "fused"  # or "backbone_fused": the backbone's, too
+  maps: str = "fused"  # fused | backbone_fused: before them the backbone's
   coarsen: int = 0  # the finest maps that are averaged to the next one's grid: saves most time
   conv: str = "none"  # at every node, with BatchNorm: "none", "pointwise" 1x1 or "depthwise" 3x3
   dtype: Any = jnp.float32

@@ -56,7 +56,7 @@ class ResNet(nn.Module):
   blocks: tuple[int, ...]  # per stage
   bottleneck: bool
   width: int = 64  # channels of the stem and of the first stage's 3x3 convolutions
-  stem: str = "imagenet"  # 7x7/2, 3x3/2 max pool: strides 4, 8, ... | cifar, 3x3: 1, 2, ...
+  stem: str = "imagenet"  # imagenet: 7x7/2, max pool, strides 4, 8, ... | cifar: 3x3, 1, 2, ...
   zero_init: bool = True  # every block starts as its shortcut (Goyal et al. 2017, section 5.1)
   dtype: Any = jnp.float32
   norm: str = "batch"  # one of NORMS

@@ -73,7 +73,7 @@ class ViT(nn.Module):
   heads: int
   patch: int = 16  # side of a patch, pixels
   registers: int = 0  # extra tokens without a position (Darcet et al. 2024)
-  position: str = "learned"  # | sincos, which is fixed
+  position: str = "learned"  # learned | sincos, which is fixed
   drop_path: float = 0.0  # probability at the last block, linear from 0 at the first
   pool: str = "class"  # pooled: the class token, or the "mean" of the patches; after the LayerNorm
   dtype: Any = jnp.float32
