@@ -3,7 +3,7 @@
 Command   python -m ssrl_jax.main --config=configs/cifar10_cpu.py:METHOD --config.seed=S
             --config.data.source=folder:PATH     (class folders under PATH/train and PATH/test)
 Hardware  2 CPU cores
-Time      3 to 10 CPU minutes at 8 epochs (rotation 13, ijepa 18, ibot 20), 11 to 17 at 20
+Time      3 to 10 CPU minutes at 8 epochs (rotation 11, ijepa 23, ibot 29), 11 to 17 at 20
 Expected  docs/results.md
 Status    run
 """
