@@ -214,7 +214,7 @@ def test_divergence_on_another_machine_is_merged(tmp_path):
   folders = [tmp_path / "1", tmp_path / "2"]
   assert tables.missing(table, folders) == ([], [])
   rows = tables.measured(table, folders)["rows"]
-  assert [row["cells"]["diverged"].get(1) for row in rows[:2]] == [1.0, 1.0]
+  assert [row["cells"]["diverged"].get("1") for row in rows[:2]] == [1.0, 1.0]
 
 
 def test_a_run_that_came_to_its_end_after_all_did_not_diverge(tmp_path):
