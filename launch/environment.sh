@@ -2,6 +2,10 @@
 # Sourced by the other scripts. install_into VENV REQUIREMENT: makes the environment once, and
 # installs into it when setup.cfg or the requirement has changed since the last time.
 
+# On a CPU XLA makes its buffers anew each step: in large pages (glibc 2.35 and later, elsewhere
+# ignored) a step takes about a sixth less, as there is no fault every 4 KiB.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do

@@ -330,6 +330,8 @@ def cli(argv: list[str]) -> int:
       return 0
     # What one command compiles, others load: seeds of a row, evaluations of an encoder.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdirs[0] / "compiled").resolve()))
+    # On a CPU XLA's buffers are made anew each step: with glibc's large pages, not page by page.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     share = share_of([table for _, table in tables], v.rows)
     command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
     workdirs[0].mkdir(parents=True, exist_ok=True)

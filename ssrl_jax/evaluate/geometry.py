@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.neighbors import NearestNeighbors
 
 from ssrl_jax import charts, parallel
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, join_words, vectors
@@ -242,6 +241,8 @@ def two_nn(x_ND: np.ndarray, *, discarded: float = 0.1) -> float:
   """
   if len(x_ND) < 10:
     return float("nan")
+  from sklearn.neighbors import NearestNeighbors  # a second to import, here only
+
   distance_N3, _ = NearestNeighbors(n_neighbors=3).fit(x_ND).kneighbors(x_ND)
   nearest, second = distance_N3[:, 1], distance_N3[:, 2]
   ratio = np.sort(second[nearest > 0] / nearest[nearest > 0])
