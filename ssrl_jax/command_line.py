@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -26,6 +28,41 @@ def help_asked(argv: list[str], text: str, values: flags.FlagValues) -> bool:
   return True
 
 
+def run_command(
+  argv: list[str],
+  text: str,
+  define: Callable[[flags.FlagValues], None],
+  program: Callable[[flags.FlagValues], int],
+  *,
+  needed: Sequence[str],
+) -> int:
+  """A command with flags of its own, --help and --traceback; returns its exit status.
+
+  Args:
+    argv: the command line, with the command's name.
+    text: what --help says before the flags.
+    define: defines the flags.
+    program: gets their values, and returns the exit status.
+    needed: names of flags that must be given.
+  """
+  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+
+  def with_flags() -> int:
+    values = flags.FlagValues()
+    define(values)
+    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
+    if help_asked(argv, text, values):
+      return 0
+    if rest := values(argv)[1:]:
+      raise ValueError(f"unknown argument {rest[0]!r}; --help lists the flags")
+    for name in needed:
+      if not values[name].value:
+        raise ValueError(f"--{name} is missing; --help says what it is")
+    return program(values)
+
+  return exit_with_one_line(with_flags, show_traceback=lambda: "--traceback" in argv)
+
+
 def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
   """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
   try:
@@ -35,6 +72,9 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
       raise
     fix = "run this in the folder that holds configs/"
     print(f"error: recipes import one another as configs.NAME: {fix}", file=sys.stderr)
+    return 1
+  except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit complains
     return 1
   except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
           flags.Error) as error:  # fmt: skip

@@ -8,14 +8,13 @@ and `ids` (positions) of the pictures that can be read.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
+from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
 from ssrl_jax.run_folder import load_config
@@ -56,37 +55,29 @@ def run(folder: Path, source: str, split: str, kinds: str, devices: int, out: Pa
   return 0
 
 
-def cli(argv: list[str]) -> int:
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("workdir", "", "The run's folder.", values)
+  flags.DEFINE_string("out", "", "The file to write, NAME.npz.", values)
+  flags.DEFINE_string(
+    "source", "", "Pictures, as config.data.source names them; default: the run's.", values
+  )
+  flags.DEFINE_string("split", "train", "Which of the source's.", values)
+  flags.DEFINE_integer(
+    "devices", 1, "That share the work; 0: all. They must divide the run's batches.",
+    flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "kinds", "pooled", "Which vectors, e.g. pooled,map8, or all; of `evaluate.features.vectors`.",
+    values,
+  )  # fmt: skip
 
-  def program() -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", "", "The run's folder.", values)
-    flags.DEFINE_string("out", "", "The file to write, NAME.npz.", values)
-    flags.DEFINE_string(
-      "source", "", "Pictures, as config.data.source names them; default: the run's.", values
-    )
-    flags.DEFINE_string("split", "train", "Which of the source's.", values)
-    flags.DEFINE_integer(
-      "devices", 1, "That share the work; 0: all. They must divide the run's batches.",
-      flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_string(
-      "kinds", "pooled", "Which vectors, e.g. pooled,map8, or all; of `evaluate.features.vectors`.",
-      values,
-    )  # fmt: skip
-    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
-    if help_asked(argv, __doc__, values):
-      return 0
-    if rest := values(argv)[1:]:
-      raise ValueError(f"unknown argument {rest[0]!r}; --help lists the flags")
-    for name in ("workdir", "out"):
-      if not values[name].value:
-        raise ValueError(f"--{name} is missing; --help says what it is")
+
+def cli(argv: list[str]) -> int:
+  def program(values: flags.FlagValues) -> int:
     folder, out = (Path(p).expanduser() for p in (values.workdir, values.out))
     return run(folder, values.source, values.split, values.kinds, values.devices, out)
 
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return run_command(argv, __doc__, define_flags, program, needed=("workdir", "out"))
 
 
 if __name__ == "__main__":

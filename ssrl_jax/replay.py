@@ -7,7 +7,6 @@ tensor is the first that is bad. Writes nothing. For runs of one process.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from absl import flags
 
 from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
-from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
+from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.data.sources import Source
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
 from ssrl_jax.guard import read_bad_step
@@ -64,28 +63,23 @@ def replay(
   return now == then
 
 
-def cli(argv: list[str]) -> int:
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("workdir", "", "The run's folder.", values)
+  flags.DEFINE_integer(
+    "step", 0, "Which: NUMBER of a file bad_steps/NUMBER.npz.", lower_bound=0, flag_values=values
+  )
 
-  def program() -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", "", "The run's folder.", values)
-    flags.DEFINE_integer(
-      "step", 0, "Which: NUMBER of a file bad_steps/NUMBER.npz.", flag_values=values
-    )
-    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
-    if help_asked(argv, __doc__, values):
-      return 0
-    values(argv)
-    if not values.workdir or values.step < 1:
-      raise ValueError("--workdir=DIR and --step=STEP are needed, STEP >= 1")
-    config = load_config(Path(values.workdir))
+
+def cli(argv: list[str]) -> int:
+  def program(values: flags.FlagValues) -> int:
+    folder = Path(values.workdir).expanduser()
+    config = load_config(folder)
     source = open_split(config, "train")
     experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
-    same = replay(experiment, source, Path(values.workdir), values.step, say=print_line)
+    same = replay(experiment, source, folder, values.step, say=print_line)
     return 0 if same else 1
 
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return run_command(argv, __doc__, define_flags, program, needed=("workdir", "step"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
+from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.config import HARMLESS, flatten
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import select
@@ -292,31 +291,25 @@ def plan(tables: Sequence[Table], workdirs: Sequence[Path], *, say: Callable[[st
   )
 
 
-def cli(argv: list[str]) -> int:
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("table", "", "configs/tables/NAME.py[:BUDGET], or their folder.", values)
+  flags.DEFINE_string("workdir", "", "Folder of runs and tables.", values)
+  flags.DEFINE_string("data", "data", "Folder of the data sets of the local budget.", values)
+  flags.DEFINE_string(
+    "rows",
+    "1/1",
+    "i/n: of all trainings every n-th from the i-th on, to spread them over machines or cores.",
+    values,
+  )
+  flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", values)
+  flags.DEFINE_bool(
+    "plan", False, "Print steps, FLOPs and estimated hours of what is missing; run nothing.", values
+  )
+  flags.DEFINE_bool("report", False, "Write the table of what there is; run nothing.", values)
 
-  def program() -> int:
-    v = flags.FlagValues()
-    flags.DEFINE_string("table", "", "configs/tables/NAME.py[:BUDGET], or their folder.", v)
-    flags.DEFINE_string("workdir", "", "Folder of runs and tables.", v)
-    flags.DEFINE_string("data", "data", "Folder of the data sets of the local budget.", v)
-    flags.DEFINE_string(
-      "rows",
-      "1/1",
-      "i/n: of all trainings every n-th from the i-th on, to spread them over machines or cores.",
-      v,
-    )
-    flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", v)
-    flags.DEFINE_bool(
-      "plan", False, "Print steps, FLOPs and estimated hours of what is missing; run nothing.", v
-    )
-    flags.DEFINE_bool("report", False, "Write the table of what there is; run nothing.", v)
-    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", v)
-    if help_asked(argv, __doc__, v):
-      return 0
-    v(argv)
-    if not v.table or not v.workdir:
-      raise ValueError("--table=configs/tables/NAME.py and --workdir=DIR are needed")
+
+def cli(argv: list[str]) -> int:
+  def program(v: flags.FlagValues) -> int:
     tables = load_tables(v.table)
     others = [Path(w).expanduser() for w in v.merge.split(",") if w]
     workdirs = [Path(v.workdir).expanduser(), *others]
@@ -345,7 +338,7 @@ def cli(argv: list[str]) -> int:
       print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
 
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return run_command(argv, __doc__, define_flags, program, needed=("table", "workdir"))
 
 
 def measured(table: Table, workdirs: Sequence[Path]) -> dict[str, Any]:

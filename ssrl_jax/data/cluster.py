@@ -7,7 +7,6 @@ evened-out pool. A command on top of everything else; nothing imports it.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from absl import flags
 from sklearn.cluster import MiniBatchKMeans
 
-from ssrl_jax.command_line import exit_with_one_line, help_asked, print_line
+from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
 
@@ -40,24 +39,19 @@ def run(folder: Path, num_clusters: int, out: Path, seed: int) -> int:
   return 0
 
 
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("workdir", "", "The run's folder.", values)
+  flags.DEFINE_integer("num_clusters", 0, "K of k-means.", flag_values=values)
+  flags.DEFINE_string("out", "clusters.npy", "The file to write.", values)
+  flags.DEFINE_integer("seed", 0, "Of k-means.", flag_values=values)
+
+
 def cli(argv: list[str]) -> int:
-  logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+  def program(values: flags.FlagValues) -> int:
+    folder, out = (Path(p).expanduser() for p in (values.workdir, values.out))
+    return run(folder, values.num_clusters, out, values.seed)
 
-  def program() -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", "", "The run's folder.", values)
-    flags.DEFINE_integer("num_clusters", 0, "K of k-means.", flag_values=values)
-    flags.DEFINE_string("out", "clusters.npy", "The file to write.", values)
-    flags.DEFINE_integer("seed", 0, "Of k-means.", flag_values=values)
-    flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
-    if help_asked(argv, __doc__, values):
-      return 0
-    values(argv)
-    if not values.workdir:
-      raise ValueError("--workdir=DIR, the folder of a run, is missing")
-    return run(Path(values.workdir), values.num_clusters, Path(values.out), values.seed)
-
-  return exit_with_one_line(program, show_traceback=lambda: "--traceback" in argv)
+  return run_command(argv, __doc__, define_flags, program, needed=("workdir",))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""What the commands with flags of their own share."""
+
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from ssrl_jax.command_line import run_command
+from tests.commands import ROOT
+
+
+def define(values):
+  flags.DEFINE_string("out", "", "The file.", values)
+  flags.DEFINE_integer("seed", 0, "Of the draw.", flag_values=values)
+
+
+def command(*arguments, program=lambda values: values.seed) -> int:
+  return run_command(["name", *arguments], "What it does.", define, program, needed=("out",))
+
+
+def test_program_gets_the_flags_and_its_status_is_the_command_s():
+  assert command("--out=x", "--seed=3") == 3
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "error: --out is missing; --help says what it is"),
+    (["--out=x", "more"], "error: unknown argument 'more'"),
+    (["--out=x", "--sed=3"], "Unknown command line flag 'sed'"),
+    (["--out=x", "--seed=three"], "seed"),
+  ],
+)
+def test_what_cannot_be_is_one_line_before_anything_runs(arguments, message, capsys):
+  assert command(*arguments, program=lambda _: pytest.fail("ran")) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert message in line
+
+
+def test_traceback_is_shown_where_it_is_asked_for(capsys):
+  def program(values):
+    raise ValueError("no such thing")
+
+  assert command("--out=x", program=program) == 1
+  assert capsys.readouterr().err == "error: no such thing  (--traceback shows where)\n"
+  assert command("--out=x", "--traceback", program=program) == 1
+  assert "Traceback" in capsys.readouterr().err
+
+
+def test_reader_of_the_output_that_goes_away_is_no_error():
+  code = "import sys; from tests.test_command_line import command; sys.exit(command('--help'))"
+  arguments = [sys.executable, "-c", code]
+  with subprocess.Popen(
+    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    process.stdout.close()  # long before it prints
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
