@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags
+
+STDOUT = 1  # file descriptor
 
 
 def print_line(line: str) -> None:
@@ -73,11 +76,11 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
     fix = "run this in the folder that holds configs/"
     print(f"error: recipes import one another as configs.NAME: {fix}", file=sys.stderr)
     return 1
-  except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit complains
-    return 1
   except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
           flags.Error) as error:  # fmt: skip
+    if isinstance(error, BrokenPipeError) and _reader_gone():
+      os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # else the exit complains
+      return 1
     if show_traceback():
       traceback.print_exc()
     else:
@@ -87,3 +90,10 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
       message = " ".join(" ".join(lines).split())
       print(f"error: {message}  (--traceback shows where)", file=sys.stderr)
     return 1
+
+
+def _reader_gone() -> bool:
+  """Whether whoever read what is printed has gone, as `head` does; another pipe may have broken."""
+  poll = select.poll()
+  poll.register(STDOUT, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -57,3 +57,11 @@ def test_reader_of_the_output_that_goes_away_is_no_error():
     process.stdout.close()  # long before it prints
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_another_pipe_that_breaks_is_an_error(capsys):
+  def program(values):
+    raise BrokenPipeError("worker 3 has gone")
+
+  assert command("--out=x", program=program) == 1
+  assert "worker 3 has gone" in capsys.readouterr().err
