@@ -190,5 +190,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.checkpoint.every_steps = 1000
   c.log.every_steps = 50
   c.evaluate.update({"size": 32, "crop": 1.0, "batch_size": 512})
+  if method not in METHODS:
+    raise ValueError(f"configs/cifar10.py has no settings for {method!r}; add them to its METHODS")
   change(c, METHODS[method])
   return c

@@ -34,6 +34,6 @@ def get_config(method: str = "fusion") -> ConfigDict:
   rate = 2e-3 if method in SLOW else 2e-2
   c.optim.update({"learning_rate": rate, "weight_decay": 1e-3, "warmup_epochs": 2.0})
   c.checkpoint.every_steps = 200
-  change(c, SMALL[method])
+  change(c, SMALL.get(method, {}))
   c.encoder.fusion.coarsen = 2  # all maps on the coarsest grid: a tenth dearer than no fusion
   return c

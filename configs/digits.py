@@ -38,5 +38,5 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.checkpoint.every_steps = 100
   c.log.every_steps = 10
   c.evaluate.linear.epochs = 25
-  change(c, SMALL[method])
+  change(c, SMALL.get(method, {}))
   return c

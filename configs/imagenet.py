@@ -241,5 +241,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.checkpoint.every_steps = 1000
   c.log.every_steps = 50
   c.evaluate.update({"size": 224, "crop": 0.875, "batch_size": 1024})
+  if method not in METHODS:
+    raise ValueError(f"configs/imagenet.py has no settings for {method!r}; add them to its METHODS")
   change(c, METHODS[method])
   return c

@@ -29,7 +29,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.evaluate.update({"size": 64, "crop": 0.875, "batch_size": 128})
   c.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-3, "warmup_epochs": 2.0})
   c.checkpoint.every_steps = 200
-  change(c, SMALL[method])
+  change(c, SMALL.get(method, {}))
   c.encoder.fusion.coarsen = 1
   c.encoder.vit.patch = 8
   return c

@@ -147,5 +147,5 @@ def dry_run(
   say(f"steps             {experiment.total_steps:,} ({experiment.steps_per_epoch:,} an epoch)")
   each, hours = found.flops_per_step, found.device_hours
   say(f"FLOPs             {each:.4g} a step, {found.flops:.4g} in all (1 MAC = 2 FLOP)")
-  say(f"estimated cost    {hours:,.1f} device-hours of {REFERENCE_DEVICE} at {ASSUMED_MFU:.0%} MFU")
-  say(f"                  (not measured), {hours / n:,.1f} hours on {n} device(s)")
+  say(f"estimated cost    {hours:,.2g} device-hours of {REFERENCE_DEVICE} at {ASSUMED_MFU:.0%} MFU")
+  say(f"                  (not measured), {hours / n:,.2g} hours on {n} device(s)")

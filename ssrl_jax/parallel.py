@@ -74,7 +74,7 @@ def described_tpus(topology: str, num_slices: int = 1) -> list[Any]:
   except RuntimeError as error:
     raise ValueError(
       f"no TPU slice {topology!r} can be described; expected GENERATION:SHAPE, e.g. v5e:4x4, "
-      "v5p:2x2x4 or v6e:16x16, and libtpu installed (pip install ssrl_jax[tpu]): "
+      "v5p:2x2x4 or v6e:16x16, and libtpu installed (pip install -e '.[tpu]'): "
       f"{' '.join(str(error).split())[:200]}"
     ) from error
 

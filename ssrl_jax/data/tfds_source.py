@@ -68,8 +68,8 @@ def _prepared_builder(name: str, data_dir: str):
   prepare = f"python -m ssrl_jax.data.prepare_tfds {name}{option}"
   if not builder.is_prepared():
     raise FileNotFoundError(
-      f"tfds:{name} is not prepared in {builder.data_path}. Prepare it once, with TensorFlow:\n"
-      f"  pip install -e '.[prepare]'\n  {prepare}"
+      f"tfds:{name} is not prepared in {builder.data_path}. Prepare it once, with TensorFlow: "
+      f"pip install -e '.[prepare]' && {prepare}"
     )
   formats = sorted(f.value for f in builder.info.available_file_formats())
   if "array_record" not in formats:

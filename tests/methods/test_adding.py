@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ssrl_jax import config
 from ssrl_jax.experiment import build, init_state
+from ssrl_jax.knobs import meanings
 from ssrl_jax.methods import METHODS
 from ssrl_jax.step import abstract_views
 
@@ -33,10 +33,8 @@ def test_method_of_the_page_trains_with_a_line_in_methods(monkeypatch):
   namespace = {}
   exec(compile(code, "docs/methods.md", "exec"), namespace)
   monkeypatch.setitem(METHODS, "toy", namespace["make"])
-  c = config.base_config("toy")
-  small = digits.get_config("simclr")
-  for group in ("encoder", "data", "evaluate", "optim"):
-    c[group] = small[group]
+  c = digits.get_config("toy")
+  assert meanings("toy")["method.weight"] == "of the loss."
   c.update({"batch_size": 8, "epochs": 1.0})
   c.method.weight = 2.0
   experiment = build(c, num_examples=16, num_classes=10)
