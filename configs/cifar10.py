@@ -118,6 +118,7 @@ METHODS = {
     "optim.weight_decay": 0.04,
     "optim.final_weight_decay": 0.4,
     "optim.clip_norm": 3.0,
+    "optim.clip_each": True,
   },
   "mae": {**VIT, **PLAIN_VIEW, "method.decoder_dim": 192, "method.decoder_depth": 4},
   "ijepa": {

@@ -135,6 +135,7 @@ METHODS = {
     "optim.weight_decay": 0.04,
     "optim.final_weight_decay": 0.4,
     "optim.clip_norm": 3.0,
+    "optim.clip_each": True,
   },
   "ibot": {
     **ADAMW,
@@ -146,6 +147,7 @@ METHODS = {
     "optim.weight_decay": 0.04,
     "optim.final_weight_decay": 0.4,
     "optim.clip_norm": 3.0,
+    "optim.clip_each": True,
   },
   "mae": {
     **ADAMW,

@@ -111,7 +111,8 @@ def base_config(method: str) -> ConfigDict:
   c.optim.b2 = 0.999  # adamw
   c.optim.trust_coefficient = 1e-3  # lars, larc
   c.optim.clip_ratio = False  # larc
-  c.optim.clip_norm = 0.0  # of the whole gradient; 0 = off
+  c.optim.clip_norm = 0.0  # the gradient's norm is cut to this; 0 = off
+  c.optim.clip_each = False  # clip_norm is of each array by itself (DINO), not of all together
 
   c.probe = ConfigDict()
   c.probe.learning_rate = 1e-2  # of the online linear probe (Adam)

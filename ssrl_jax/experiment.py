@@ -143,6 +143,7 @@ def build(
     steps_per_epoch=steps_per_epoch,
     total_steps=total_steps,
     constant_lr=method.constant_lr,
+    frozen=method.frozen,
   )
   return Experiment(
     config, mesh, method, optimizer, schedule, num_classes, steps_per_epoch, total_steps

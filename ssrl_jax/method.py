@@ -8,7 +8,9 @@ nothing else about it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -94,6 +96,9 @@ class Run(NamedTuple):
   num_classes: int | None  # None: no labels
 
 
+NEVER = math.inf  # of `Method.frozen`
+
+
 class Method(NamedTuple):
   """Pure functions; `key` is a jax.random key, `views` what `make_views` returns and `label` [B].
 
@@ -108,6 +113,8 @@ class Method(NamedTuple):
   encoder: Encoder
   constant_lr: tuple[str, ...] = ()  # names in params whose learning rate stays at its peak
   unit_variance: bool = False  # whether the loss asks for embeddings of variance 1
+  # {path in params: steps at the start in which what lies there is not trained}; NEVER: in none
+  frozen: Mapping[str, float] = MappingProxyType({})
 
   def encode(self, params: Params, method_state: MethodState, images: Array) -> Features:
     """What is learned, of normalised images [B, h, w, 3]; pure, nothing moves."""
@@ -261,12 +268,6 @@ def update_target(method_state: MethodState, params: Params, tau: Array | float)
 def cosine_tau(base: float, step: Array, total_steps: int) -> Array:
   """BYOL's schedule: `base` at step 0, 1 at the last, as half a cosine."""
   return 1 - (1 - base) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
-
-
-def freeze(params: Params, name: str, when: Array | bool) -> Params:
-  """No gradient into params[name] while `when`."""
-  still = lambda x: jnp.where(when, jax.lax.stop_gradient(x), x)  # noqa: E731
-  return params | {name: jax.tree.map(still, params[name])}
 
 
 def random_queue(key: Array, *shape: int) -> Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -56,10 +58,12 @@ def make_optimizer(
   clip_ratio: bool,
   final_weight_decay: float,
   clip_norm: float,
+  clip_each: bool,
   batch_size: int,
   steps_per_epoch: int,
   total_steps: int,
   constant_lr: tuple[str, ...] = (),
+  frozen: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
   """The update rule and its learning rate as a function of the step.
 
@@ -75,8 +79,11 @@ def make_optimizer(
     final_weight_decay: >= 0: from weight_decay to this as half a cosine (DINO, I-JEPA; adamw only).
     momentum: of sgd, lars and larc. b1, b2: of adamw. trust_coefficient: of lars and larc.
     clip_ratio: of larc.
-    clip_norm: global gradient norm is cut to this first; 0 = off.
+    clip_norm: the gradient's norm is cut to this first; 0 = off.
+    clip_each: not the norm over all arrays, but of each array by itself (DINO).
     constant_lr: paths in params, from the top, whose learning rate stays at its peak (SimSiam).
+    frozen: {path: steps} what stays as it is, decay and moments included, for so many steps
+      (SwAV, DINO) or for ever (inf, MoCo v3), as where PyTorch has no gradient.
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"unknown optim.name {name!r}; one of {', '.join(OPTIMIZERS)}")
@@ -95,7 +102,7 @@ def make_optimizer(
       )
     decay = cosine(weight_decay, final_weight_decay, total_steps)
 
-  def update_rule(learning_rate):
+  def update_rule(learning_rate, decay):
     if name == "adamw":
       return optax.chain(
         optax.scale_by_adam(b1, b2),
@@ -122,13 +129,49 @@ def make_optimizer(
       momentum=momentum,
     )
 
-  rule = update_rule(schedule)
-  if constant_lr:
-    rules = {"scheduled": rule, "constant": update_rule(peak)}
-    rule = optax.multi_transform(rules, lambda params: label_paths(params, constant_lr))
+  rule = update_rule(schedule, decay)
+  labels = dict.fromkeys(constant_lr, "constant") | {
+    path: "frozen" if math.isinf(steps) else f"frozen {int(steps)}"
+    for path, steps in frozen.items()
+    if steps > 0
+  }
+  if labels:
+    rules = {"scheduled": rule, "constant": update_rule(peak, decay), "frozen": optax.set_to_zero()}
+    for steps in {int(n) for n in frozen.values() if 0 < n < math.inf}:
+      late = [later(x, steps) if callable(x) else x for x in (schedule, decay)]
+      rules[f"frozen {steps}"] = starting_at(update_rule(*late), steps)
+    rule = optax.multi_transform(rules, lambda params: label_paths(params, labels))
   if clip_norm > 0:
-    rule = optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+    clip = clip_by_each_norm if clip_each else optax.clip_by_global_norm
+    rule = optax.chain(clip(clip_norm), rule)
   return rule, schedule
+
+
+def later(schedule: Callable[[Any], Any], steps: int) -> Callable[[Any], Any]:
+  """The schedule for who counts from step `steps` on."""
+  return lambda count: schedule(count + steps)
+
+
+def starting_at(rule: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+  """No update before step `steps`, where `rule` begins with its own step 0."""
+
+  def init(params):
+    return jnp.zeros((), jnp.int32), rule.init(params)
+
+  def update(gradients, state, params):
+    count, inner = state
+    updates, after = rule.update(gradients, inner, params)
+    still = lambda new, old: jnp.where(count < steps, old, new)  # noqa: E731
+    updates = jax.tree.map(lambda u: still(u, jnp.zeros_like(u)), updates)
+    return updates, (count + 1, jax.tree.map(still, after, inner))
+
+  return optax.GradientTransformation(init, update)
+
+
+def clip_by_each_norm(limit: float) -> optax.GradientTransformation:
+  """Each array by itself is cut to this norm."""
+  cut = lambda g: g * jnp.minimum(1, limit / (jnp.linalg.norm(g) + 1e-6))  # noqa: E731
+  return optax.stateless(lambda gradients, params: jax.tree.map(cut, gradients))
 
 
 def larc(
@@ -175,12 +218,13 @@ def cosine(start: float, end: float, total_steps: int) -> Callable[[Any], Any]:
   return lambda step: end + (start - end) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
 
 
-def label_paths(params: Any, constant: tuple[str, ...]) -> Any:
-  """ "constant" for what lies under one of the paths, "scheduled" for the rest."""
+def label_paths(params: Any, labels: Mapping[str, str]) -> Any:
+  """The label of the path that an array lies under, "scheduled" for the rest."""
 
   def label(path, _):
     name = jax.tree_util.keystr(path, simple=True, separator="/") + "/"
-    return "constant" if any(name.startswith(f"{c}/") for c in constant) else "scheduled"
+    under = (label for path, label in labels.items() if name.startswith(f"{path}/"))
+    return next(under, "scheduled")
 
   return jax.tree_util.tree_map_with_path(label, params)
 

@@ -20,6 +20,7 @@ OPTIONS = {
   "clip_ratio": False,
   "final_weight_decay": -1.0,
   "clip_norm": 0.0,
+  "clip_each": False,
   "batch_size": 512,
   "steps_per_epoch": 10,
   "total_steps": 12,
@@ -252,3 +253,42 @@ def test_unknown_name_lists_the_known_ones():
 def test_warmup_that_does_not_fit_is_an_error(warmup_epochs):
   with pytest.raises(ValueError, match=r"does not fit into 12 steps; lower optim.warmup_epochs"):
     make_optimizer(**OPTIONS | {"warmup_epochs": warmup_epochs})
+
+
+@pytest.mark.parametrize("name", ["adamw", "larc", "lars", "sgd"])
+def test_frozen_arrays_begin_when_they_are_trained_as_if_nothing_had_been(name):
+  """As where PyTorch has no gradient: no decay, no moments; later the schedule's own rate."""
+  options = OPTIONS | {"name": name, "clip_norm": 0.0}
+  rule, _ = make_optimizer(**options, frozen={"conv": 2, "dense": float("inf"), "scale": 0})
+  plain, _ = make_optimizer(**options)
+  params = jax.tree.map(jnp.asarray, trees(0))
+  state, plain_state, start, seen = rule.init(params), plain.init(params), params, params
+  for step in range(STEPS):
+    updates, state = rule.update(trees(step + 1), state, params)
+    params = optax.apply_updates(params, updates)
+    updates, plain_state = plain.update(trees(step + 1), plain_state, seen)
+    seen = optax.apply_updates(seen, updates)
+    assert np.array_equal(params["conv"], start["conv"]) == (step < 2)
+  for same in ("bias", "scale"):
+    np.testing.assert_array_equal(params[same], seen[same])
+  np.testing.assert_array_equal(params["dense"], start["dense"])
+  if name == "adamw":  # without decay the first step is as long as the rate
+    rule, schedule = make_optimizer(**options | {"weight_decay": 0.0}, frozen={"conv": 2})
+    state = rule.init(start)
+    for step in range(3):
+      updates, state = rule.update(trees(step + 1), state, start)
+    np.testing.assert_allclose(np.abs(updates["conv"]), schedule(2), rtol=1e-4)
+
+
+def test_each_array_may_be_clipped_by_itself():
+  rule, _ = make_optimizer(**OPTIONS | {
+    "clip_norm": 3.0, "clip_each": True, "weight_decay": 0.0, "momentum": 0.0, "warmup_epochs": 0.0,
+  })  # fmt: skip
+  params, gradients = trees(0), trees(1)
+  updates, _ = rule.update(gradients, rule.init(params), params)
+  clipped = 0
+  for name, g in gradients.items():
+    length = np.linalg.norm(g)
+    clipped += length > 3
+    np.testing.assert_allclose(updates[name], -0.4 * g * min(1, 3 / length), rtol=1e-5)
+  assert 0 < clipped < len(gradients)

@@ -156,7 +156,7 @@ def finetune(
   params = {"encoder": evaluation.weights["params"], "head": head}
   base, _ = make_optimizer(
     name=optimizer, scale_by_batch=True, warmup_epochs=warmup_epochs, final_fraction=0.0, b1=0.9,
-    b2=0.999, trust_coefficient=0.001, clip_ratio=False, final_weight_decay=-1.0,
+    b2=0.999, trust_coefficient=0.001, clip_ratio=False, final_weight_decay=-1.0, clip_each=False,
     batch_size=batch_size, steps_per_epoch=steps, total_steps=epochs * steps, **rule,
   )  # fmt: skip
   factors = {

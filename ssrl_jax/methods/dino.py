@@ -1,11 +1,12 @@
 """DINO: a student meets the sharpened, centred output of its own moving average (Caron 2021).
 
 Official code: facebookresearch/dino main_dino.py. The last layer's prototypes are used at unit
-length (weight norm, gain 1) and get no gradient in the first epoch; the teacher's temperature
+length (weight norm, gain 1) and are frozen in the first epoch; the teacher's temperature
 rises; the centre is a moving average of the teacher's mean output over both global views. The
 teacher is what is evaluated. Departures: schedules run by step, not by epoch (so that a resumed run
-goes on exactly); DINOv2's Sinkhorn can stand in for centring. Weight decay 0.04 -> 0.4 and clipping
-at 3.0 belong to the optimizer (optim.weight_decay, final_weight_decay, clip_norm).
+goes on exactly); DINOv2's Sinkhorn can stand in for centring. Weight decay 0.04 -> 0.4 and each
+array's gradient clipped at 3.0 belong to the optimizer (optim.weight_decay, final_weight_decay,
+clip_norm, clip_each).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from ssrl_jax.method import (
   encode_with,
   fold_views,
   forward,
-  freeze,
   global_views,
   init_network,
   linear_warmup,
@@ -34,7 +34,7 @@ from ssrl_jax.method import (
   unfold_views,
   update_target,
 )
-from ssrl_jax.models.heads import MLP, JointEmbedding, Prototypes
+from ssrl_jax.models.heads import GELU, MLP, JointEmbedding, Prototypes
 
 CENTRINGS = ("centre", "sinkhorn", "none")
 
@@ -71,7 +71,7 @@ def make(
     centring: "centre", "sinkhorn" (DINOv2), or "none", which collapses; for ablations.
     centre_momentum: kept of the centre at each step.
     tau: kept by the teacher at step 0, rising to 1 as half a cosine; 0.9995 for batch 256.
-    freeze_epochs: while the prototypes get no gradient.
+    freeze_epochs: in which the prototypes stay as they are.
     hidden_dim, out_dim, num_layers: of the projector; GELU, no BatchNorm.
   """
   check_positive(
@@ -84,14 +84,14 @@ def make(
   if centring not in CENTRINGS:
     raise ValueError(f"dino: centring {centring!r}; expected one of {CENTRINGS}")
   global_views(views, method="dino", at_least=2)
-  options = {"norm": False, "final_norm": False, "final_bias": True, "activation": nn.gelu}
+  options = {"norm": False, "final_norm": False, "final_bias": True, "activation": GELU}
   network = JointEmbedding(
     encoder,
     MLP(hidden=hidden_dim, out=out_dim, layers=num_layers, **options),
     Prototypes(num_prototypes, weight_norm=True),
   )
   warmup_steps = warmup_epochs * run.steps_per_epoch
-  frozen_steps = round(freeze_epochs * run.steps_per_epoch)
+  frozen = {"predictor": round(freeze_epochs * run.steps_per_epoch)}
 
   def init(key, views):
     params, stats = init_network(network, key, fold_views(views["global"]))
@@ -111,7 +111,6 @@ def make(
       method_state["target"],
       method_state["centre"],
     )
-    params = freeze(params, "predictor", step < frozen_steps)
     (h_BVD, _, s_BVK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
@@ -145,4 +144,4 @@ def make(
   def after_update(params, method_state, step):
     return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
 
-  return Method(views, init, loss, after_update, encode_with(encoder, target=True))
+  return Method(views, init, loss, after_update, encode_with(encoder, target=True), frozen=frozen)

@@ -71,9 +71,15 @@ def make(
     return method.encoder.weights(*take(params, method_state, name))
 
   constant = tuple(f"{name}/{lr}" for name, m in methods.items() for lr in m.constant_lr)
+  # The encoder is every term's.
+  frozen = {
+    path if path.startswith("encoder/") else f"{name}/{path}": steps
+    for name, m in methods.items()
+    for path, steps in m.frozen.items()
+  }
   first = next(iter(methods.values()))
   judged = Encoder(encoder_weights, first.encoder.apply)
-  return Method(views, init, loss, after_update, judged, constant, first.unit_variance)
+  return Method(views, init, loss, after_update, judged, constant, first.unit_variance, frozen)
 
 
 def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:

@@ -25,14 +25,13 @@ from ssrl_jax.method import (
   encode_with,
   fold_views,
   forward,
-  freeze,
   global_views,
   init_network,
   linear_warmup,
   make_target,
   update_target,
 )
-from ssrl_jax.models.heads import MLP, Prototypes
+from ssrl_jax.models.heads import GELU, MLP, Prototypes
 from ssrl_jax.models.vit import check_vit
 
 
@@ -92,11 +91,11 @@ def make(
   check_fraction("ibot", **{f"mask_ratio {end}": x for end, x in zip(("low", "high"), mask_ratio)})
   patch = check_vit("ibot", encoder)
   side = global_views(views, method="ibot", at_least=2).size // patch
-  options = {"norm": False, "final_norm": False, "final_bias": True, "activation": nn.gelu}
+  options = {"norm": False, "final_norm": False, "final_bias": True, "activation": GELU}
   projector = MLP(hidden=hidden_dim, out=out_dim, layers=num_layers, **options)
   network = Network(encoder, projector, Prototypes(num_prototypes, weight_norm=True))
   warmup_steps = warmup_epochs * run.steps_per_epoch
-  frozen_steps = round(freeze_epochs * run.steps_per_epoch)
+  frozen = {"prototypes": round(freeze_epochs * run.steps_per_epoch)}
 
   def init(key, views):
     images = fold_views(views["global"])
@@ -113,7 +112,6 @@ def make(
 
   def loss(params, method_state, views, key, step):
     keys, target, centre = jax.random.split(key, 4), method_state["target"], method_state["centre"]
-    params = freeze(params, "prototypes", step < frozen_steps)
     b, v = views["global"].shape[:2]
     mask_BN = draw_masks(keys[3], b * v)
     (h_BVD, s_BVK, s_BVNK), stats = forward(
@@ -150,4 +148,4 @@ def make(
   def after_update(params, method_state, step):
     return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
 
-  return Method(views, init, loss, after_update, encode_with(encoder, target=True))
+  return Method(views, init, loss, after_update, encode_with(encoder, target=True), frozen=frozen)

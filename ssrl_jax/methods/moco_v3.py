@@ -2,7 +2,7 @@
 
 Official code: facebookresearch/moco-v3 moco/builder.py. Its loss of each direction is multiplied
 by 2 * temperature; kept here, since learning rates depend on it. A random, frozen patch projection
-stabilises ViTs (section 4.2): `freeze_patches`. Departures: BatchNorm statistics over both views
+stabilises ViTs (section 4.2): `PATCHES`. Departures: BatchNorm statistics over both views
 at once, where the official code normalises each view's batch by itself.
 """
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ssrl_jax.losses.contrastive import info_nce
 from ssrl_jax.method import (
+  NEVER,
   Aux,
   Method,
   Run,
@@ -30,6 +31,9 @@ from ssrl_jax.method import (
   update_target,
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
+
+# A ViT's patch projection, by itself or within another encoder.
+PATCHES = ("encoder/patches", "encoder/backbone/patches")
 
 
 def make(
@@ -77,7 +81,7 @@ def make(
     del step
     keys, target = jax.random.split(key), method_state["target"]
     (h_BVD, z_BVP, q_BVP), stats = forward(
-      network, freeze_patches(params), method_state["batch_stats"], views["global"], keys[0]
+      network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     (_, k_BVP), target_stats = forward(
       network, target["params"], target["batch_stats"], views["global"], keys[1], method="project"
@@ -102,13 +106,5 @@ def make(
   def after_update(params, method_state, step):
     return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
 
-  return Method(views, init, loss, after_update, encode_with(encoder))
-
-
-def freeze_patches(params):
-  """Without gradient into a ViT's patch projection; other encoders are left as they are."""
-  encoder = params["encoder"]
-  if "patches" not in encoder:
-    return params
-  patches = jax.lax.stop_gradient(encoder["patches"])
-  return params | {"encoder": encoder | {"patches": patches}}
+  frozen = dict.fromkeys(PATCHES, NEVER)
+  return Method(views, init, loss, after_update, encode_with(encoder), frozen=frozen)

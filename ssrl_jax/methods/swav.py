@@ -1,12 +1,11 @@
 """SwAV: predict from one view the codes of another, which use all prototypes alike (Caron 2020).
 
 Official code: facebookresearch/swav main_swav.py. Prototypes are brought to unit length before
-every step (here after every update, and at init), get no gradient at first, and codes come from
+every step (here after every update, and at init), are frozen at first, and codes come from
 Sinkhorn over the batch and, late in training, a queue. The loss of each of the two global views'
-codes is the mean over all other views. "Frozen" is a zero gradient here, so that weight decay and
-momentum go on; both leave directions that were normalised as they are. Departures: the queue is
-filled from the start, and used from `queue_start`; BatchNorm statistics over all views of a size at
-once, as the official code does for crops of one size.
+codes is the mean over all other views. Departures: the queue is filled from the start, and used
+from `queue_start`; BatchNorm statistics over all views of a size at once, as the official code does
+for crops of one size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from ssrl_jax.method import (
   encode_with,
   fold_views,
   forward,
-  freeze,
   global_views,
   init_network,
   normalise,
@@ -63,7 +61,7 @@ def make(
     iterations: of Sinkhorn.
     queue_size: embeddings of earlier batches that codes are made with, 0 = none; for small batches.
     queue_start: epochs before the queue is used.
-    freeze_epochs: while the prototypes get no gradient.
+    freeze_epochs: in which the prototypes stay as they are.
     hidden_dim, out_dim: of the projector.
   """
   check_positive("swav", temperature=temperature, eps=eps)
@@ -75,7 +73,7 @@ def make(
     MLP(hidden=hidden_dim, out=out_dim, final_norm=False, final_bias=True),
     Prototypes(num_prototypes),
   )
-  frozen_steps = round(freeze_epochs * run.steps_per_epoch)
+  frozen = {"predictor": round(freeze_epochs * run.steps_per_epoch)}
   first_queue_step = max(round(queue_start * run.steps_per_epoch), queue_size // run.batch_size)
 
   def init(key, views):
@@ -93,7 +91,6 @@ def make(
 
   def loss(params, method_state, views, key, step):
     keys = jax.random.split(key)
-    params = freeze(params, "predictor", step < frozen_steps)
     (h_BVD, z_BVP, s_BVK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
@@ -130,4 +127,4 @@ def make(
     kernel_KP = normalise(params["predictor"]["kernel"])
     return params | {"predictor": {"kernel": kernel_KP}}, method_state
 
-  return Method(views, init, loss, after_update, encode_with(encoder))
+  return Method(views, init, loss, after_update, encode_with(encoder), frozen=frozen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from ssrl_jax.method import Array, normalise
 from ssrl_jax.models.resnet import batch_norm
+
+GELU = functools.partial(nn.gelu, approximate=False)  # as PyTorch's
 
 
 class MLP(nn.Module):

@@ -507,16 +507,10 @@ def test_swav_codes_from_the_queue(monkeypatch):
     np.testing.assert_allclose(after[t], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_swav_prototypes_get_no_gradient_at_first(monkeypatch):
-  z, proto = embeddings(2), jnp.asarray(kernel())
-  method = make(monkeypatch, swav, num_prototypes=K, out_dim=P, freeze_epochs=1.0)
-
-  def loss(proto, step):
-    params = {"predictor": {"kernel": proto}}
-    return loss_of(method, z, params=params, state={"queue": jnp.zeros((2, 0, P))}, step=step)[0]
-
-  assert not np.any(jax.grad(loss)(proto, 9))
-  assert np.any(jax.grad(loss)(proto, 10))
+@pytest.mark.parametrize("module", [swav, dino])
+def test_prototypes_are_frozen_at_first(monkeypatch, module):
+  method = make(monkeypatch, module, num_prototypes=K, out_dim=P, freeze_epochs=1.5)
+  assert method.frozen == {"predictor": 15}
 
 
 @pytest.mark.parametrize("num_local", [0, 2])
@@ -656,9 +650,9 @@ def test_ibot_adds_the_masked_patches_of_the_same_view(monkeypatch):
 
   monkeypatch.setattr(ibot, "check_vit", lambda name, encoder: 2)
   monkeypatch.setattr(ibot, "Network", lambda *a: Fake())
-  monkeypatch.setattr(ibot, "freeze", lambda params, name, when: params)
   spec = ViewSpec("global", count=2, size=8)
   method = ibot.make(encoder=Given(), views=(spec,), run=RUN, patch_weight=0.7)
+  assert method.frozen == {"prototypes": 10}
   given = {"global": rng.normal(size=(B, 2, 8, 8, 3)).astype(np.float32)}
   state = {"batch_stats": {}, "centre": jax.tree.map(jnp.asarray, centre), **target()}
   value, aux = method.loss({}, state, given, jax.random.key(1), 0)

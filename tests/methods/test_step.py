@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ssrl_jax.checkpoint import Checkpoints
@@ -12,6 +13,7 @@ from ssrl_jax.step import make_train_step
 from tests.methods.common import (
   BATCH,
   READS_LABELS,
+  VIT,
   make_experiment,
   make_state,
 )
@@ -79,3 +81,27 @@ def test_resumed_step_gives_the_same_bytes(stepped, tmp_path):
   restored = checkpoints.restore(shapes)
   checkpoints.close()
   assert state_digest(again(restored)) == state_digest(second)
+
+
+@pytest.mark.parametrize(
+  ("method", "changes"),
+  [
+    ("moco_v3", {}),
+    ("moco_v3", {"encoder.fusion.enabled": True}),
+    ("hybrid", {"method.terms": ("moco_v3", "simclr"), "method.options": {}}),
+  ],
+  ids=["vit", "vit within fusion", "term of hybrid"],
+)
+def test_moco_v3_leaves_the_patch_projection_as_it_is(method, changes):
+  """Section 4.2 of its paper: no decay and no LARS on it either."""
+  optim = {"optim.name": "larc", "optim.weight_decay": 0.1, "optim.warmup_epochs": 0.0}
+  experiment = make_experiment(method, {**VIT, **optim, **changes})
+  params = make_state(experiment).params
+  opt_state, after = experiment.optimizer.init(params), params
+  for _ in range(2):
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, opt_state = experiment.optimizer.update(gradients, opt_state, after)
+    after = optax.apply_updates(after, updates)
+  moved = dict(named_leaves(jax.tree.map(lambda a, b: np.any(a != b), params, after)))
+  still = {name for name, has in moved.items() if not has}
+  assert still == {name for name in moved if "/patches/" in name} != set()
