@@ -27,13 +27,18 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ssrl_jax import parallel, processes
-from ssrl_jax.state import TrainState, checksum_table
+from ssrl_jax.guard import new_guard
+from ssrl_jax.state import TrainState, checksum_table, named_leaves
 
 PATIENCE = 60.0  # seconds between two tries: less than a watchdog's
 
 
 class CheckpointError(OSError):
   """A checkpoint could not be written, or none could be read."""
+
+
+class OtherState(ValueError):
+  """A checkpoint is of another state than the config makes, which says nothing against it."""
 
 
 class Unreadable(OSError):
@@ -102,7 +107,7 @@ class Checkpoints:
     """
     if not self._ended():
       return
-    meta = {"step": step, "checksums": checksum_table(state)}
+    meta = {"step": step, "checksums": checksum_table(state), "arrays": _arrays(state)}
     item = ocp.args.Composite(
       state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
     )
@@ -241,7 +246,8 @@ class Checkpoints:
     """The newest checkpoint that is whole, onto the shardings of `abstract_state`; None if none is.
 
     One that can be read but not restored, or whose arrays differ from their checksums, is reported,
-    moved to WORKDIR/damaged, and the next older one is taken.
+    moved to WORKDIR/damaged, and the next older one is taken. What is carried to judge steps
+    (`guard`) may be in one of the two only: it is left out then.
 
     Args:
       at_most: of this step or an earlier one.
@@ -249,6 +255,7 @@ class Checkpoints:
     Raises:
       CheckpointError: there are checkpoints but none is whole, or one cannot be read for now, which
         says nothing about it: it stays where it is.
+      OtherState: the newest has other arrays than `abstract_state`; likewise.
     """
     if reason := self._wait_together(self._disagree):
       raise CheckpointError(f"{self.folder} is not the same for all processes: {reason}")
@@ -259,10 +266,16 @@ class Checkpoints:
         state = self._restore_patiently(step, abstract_state)
       except Exception as caught:
         error, reason = caught, _line(caught)
-      verdict = 0 if error is None else 2 if isinstance(error, Unreadable) else 1
+      verdict = 0 if error is None else 1
+      if isinstance(error, Unreadable):
+        verdict = 2
+      if isinstance(error, OtherState | MemoryError | jax.errors.JaxRuntimeError):
+        verdict = 3  # not the checkpoint's fault
       verdict_P = parallel.all_processes(np.array([verdict], np.int64))
       if not np.any(verdict_P):
         return state
+      if np.any(verdict_P == 3):
+        raise error or CheckpointError(reason)
       if np.any(verdict_P == 2):
         raise CheckpointError(
           f"the checkpoint of step {step} in {self.folder} cannot be read ({reason}); it was left "
@@ -294,6 +307,8 @@ class Checkpoints:
     for attempt in itertools.count():
       try:
         return self._restore_step(step, abstract_state)
+      except OtherState:
+        raise
       except Exception as error:
         reason = _unreadable(folder)
         if reason and attempt >= retries:
@@ -304,18 +319,43 @@ class Checkpoints:
         time.sleep(self._pause(attempt) if reason else 0)
 
   def _restore_step(self, step: int, abstract_state: TrainState) -> TrainState:
-    item = ocp.args.Composite(
-      state=ocp.args.StandardRestore(_saved(abstract_state)), meta=ocp.args.JsonRestore()
-    )
     with _quiet():
-      restored = self._manager.restore(step, args=item)
-    state = abstract_state._replace(**restored.state)
-    expected, got = restored.meta["checksums"], checksum_table(state)
+      item = ocp.args.Composite(meta=ocp.args.JsonRestore())
+      meta = self._manager.restore(step, args=item).meta
+    expected = meta["checksums"]
+    guard = abstract_state.guard
+    if not any(name.startswith("guard/") for name in expected):
+      guard = ()
+    elif not guard:
+      guard = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=abstract_state.step.sharding),
+        new_guard(),
+      )
+    asked = abstract_state._replace(guard=guard)
+    self._check_same(step, meta.get("arrays") or dict.fromkeys(expected), _arrays(asked))
+    item = ocp.args.Composite(state=ocp.args.StandardRestore(_saved(asked)))
+    with _quiet():
+      state = asked._replace(**self._manager.restore(step, args=item).state)
+    got = checksum_table(state)
     wrong = [name for name in got if got[name] != expected.get(name)]
     if wrong or expected.keys() - got.keys():
       names = ", ".join((wrong or sorted(expected.keys() - got.keys()))[:3])
       raise CheckpointError(f"the checksum of {names} is not the one saved")
-    return state
+    return state if abstract_state.guard else state._replace(guard=())
+
+  def _check_same(self, step: int, there: dict[str, Any], asked: dict[str, str]) -> None:
+    """Raises OtherState, which names up to three arrays, unless both are the same."""
+    told = [f"{n} is only in the checkpoint" for n in sorted(there.keys() - asked.keys())]
+    told += [f"{n} is not in the checkpoint" for n in sorted(asked.keys() - there.keys())]
+    both = [n for n in asked if n in there and there[n] and there[n] != asked[n]]
+    told += [f"{n} is {there[n]} in the checkpoint and {asked[n]} here" for n in both]
+    if told:
+      more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+      raise OtherState(
+        f"the checkpoint of step {step} in {self.folder} is of another state than this config "
+        f"makes: {'; '.join(told[:3])}{more}. It was left as it is: undo the change of the config (with --allow_config_change), "
+        "or start with another --workdir"
+      )
 
   def _set_aside(self, step: int) -> None:
     if self._read_only:
@@ -334,6 +374,11 @@ class Checkpoints:
 def _saved(state: TrainState) -> dict[str, Any]:
   """The fields of a state, but for an empty guard: checkpoints that are older have none."""
   return {k: v for k, v in state._asdict().items() if k != "guard" or v}
+
+
+def _arrays(state: TrainState) -> dict[str, str]:
+  """{name: "float32[64, 32]"}, of shapes or arrays."""
+  return {name: f"{x.dtype}{list(x.shape)}" for name, x in named_leaves(state)}
 
 
 def _line(error: Exception) -> str:

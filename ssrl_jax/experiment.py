@@ -222,6 +222,15 @@ def create_state(experiment: Experiment) -> TrainState:
   return init(jax.random.key(experiment.config.seed))
 
 
+def with_guard(experiment: Experiment, state: TrainState) -> TrainState:
+  """With what steps are judged by, where the config wants it and the state has none yet."""
+  wanted = abstract_state(experiment).guard
+  if state.guard or not wanted:
+    return state
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
+  return state._replace(guard=jax.jit(guard.new_guard, out_shardings=shardings)())
+
+
 def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   """The batch contract as shapes: what the compiled step is given."""
   data, b = experiment.config.data, experiment.config.batch_size

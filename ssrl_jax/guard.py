@@ -41,8 +41,11 @@ def check_options(*, on_bad_step: str, spike: float, patience: int, keep: int) -
 
 def init_guard(options: ConfigDict) -> Any:
   """What is carried from step to step, so that a resumed run judges alike; () where nothing is."""
-  if options.on_bad_step == "stop" and not options.spike:
-    return ()
+  return () if options.on_bad_step == "stop" and not options.spike else new_guard()
+
+
+def new_guard() -> dict[str, Array]:
+  """Before the first step."""
   real, whole = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
   return {"mean": real, "variance": real, "good": whole, "skipped": whole, "in_a_row": whole}
 
@@ -140,7 +143,8 @@ class Guard:
     raise FloatingPointError(
       f"{what}{count}; images {ids[:8]}{' ...' if len(ids) > 8 else ''}, all of them in "
       f"{self._workdir / 'non_finite.json'}; {again}. Nothing of this step was saved: lower "
-      "optim.learning_rate or set optim.clip_norm or guard.on_bad_step=skip, and run again"
+      "optim.learning_rate or set optim.clip_norm or guard.on_bad_step=skip, and run again with "
+      "--allow_config_change"
     )
 
   def check_collapse(self, step: int, metrics: dict[str, float]) -> None:

@@ -143,8 +143,19 @@ def make_optimizer(
     rule = optax.multi_transform(rules, lambda params: label_paths(params, labels))
   if clip_norm > 0:
     clip = clip_by_each_norm if clip_each else optax.clip_by_global_norm
-    rule = optax.chain(clip(clip_norm), rule)
+    rule = clipped(rule, clip(clip_norm))
   return rule, schedule
+
+
+def clipped(
+  rule: optax.GradientTransformation, clip: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`rule` of what `clip`, which has no state, leaves; its state is `rule`'s: a run may change."""
+
+  def update(gradients, state, params):
+    return rule.update(clip.update(gradients, optax.EmptyState())[0], state, params)
+
+  return optax.GradientTransformation(rule.init, update)
 
 
 def later(schedule: Callable[[Any], Any], steps: int) -> Callable[[Any], Any]:

@@ -21,7 +21,13 @@ from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.data.sampling import position
 from ssrl_jax.data.sources import Source
 from ssrl_jax.evaluate.during import Evaluate, Evaluations, Moved
-from ssrl_jax.experiment import Experiment, abstract_state, create_state, training_sampling
+from ssrl_jax.experiment import (
+  Experiment,
+  abstract_state,
+  create_state,
+  training_sampling,
+  with_guard,
+)
 from ssrl_jax.flops import peak_flops
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import read_metrics
@@ -104,7 +110,7 @@ def train(
   checkpoints = Checkpoints(workdir, moved=moved, **options)
   state = checkpoints.restore(abstract_state(experiment))
   say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
-  state = state or create_state(experiment)
+  state = with_guard(experiment, state) if state else create_state(experiment)
   step = int(state.step)
   known = [r for r in read_metrics(workdir) if r["step"] <= step]
   evaluations = Evaluations(config.evaluate.during, evaluate, known, step=step, total=total)

@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssrl_jax import checkpoint, parallel
-from ssrl_jax.checkpoint import CheckpointError, Checkpoints, abstract
+from ssrl_jax.checkpoint import CheckpointError, Checkpoints, OtherState, abstract
+from ssrl_jax.guard import new_guard
 from ssrl_jax.state import TrainState, state_digest
 
 # Orbax leaves the readers of the other arrays unawaited when one array cannot be read.
@@ -345,3 +346,37 @@ def test_restore_of_a_step_or_an_earlier_one(tmp_path):
   checkpoints = saved(tmp_path, [2, 4])
   assert int(checkpoints.restore(abstract(make_state(0)), at_most=3).step) == 2
   assert checkpoints.restore(abstract(make_state(0)), at_most=1) is None
+
+
+@pytest.mark.parametrize(
+  ("other", "told"),
+  [
+    (lambda s: s._replace(opt_state=(*s.opt_state, s.step)), r"opt_state/1 is not in the"),
+    (lambda s: s._replace(opt_state=()), r"opt_state/0 is only in the checkpoint"),
+    (
+      lambda s: s._replace(params=s.params | {"half": s.params["kernel"]}),
+      r"params/half is bfloat16\[8\] in the checkpoint and float32\[64, 32\] here",
+    ),
+  ],
+  ids=["more", "fewer", "shape"],
+)
+def test_checkpoint_of_another_state_is_named_and_left_where_it_is(tmp_path, other, told):
+  checkpoints = saved(tmp_path, [5, 7])
+  with pytest.raises(OtherState, match=rf"step 7 .*{told}"):
+    checkpoints.restore(abstract(other(make_state(0))))
+  assert not (tmp_path / "damaged").exists()
+  assert checkpoints.steps() == [5, 7]
+  assert state_digest(checkpoints.restore(abstract(make_state(0)))) == state_digest(make_state(7))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_judges_steps_may_come_and_go_between_two_runs(tmp_path, before):
+  put = lambda x: jax.device_put(x, make_state(0).step.sharding)  # noqa: E731
+  guard = jax.tree.map(put, new_guard())
+  one, other = make_state(7)._replace(guard=guard), make_state(7)
+  one, other = (one, other) if before else (other, one)
+  checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
+  checkpoints.finish(one, step=7, score=0.0)
+  restored = checkpoints.restore(abstract(other))
+  assert state_digest(restored._replace(guard=())) == state_digest(make_state(7))
+  assert not restored.guard

@@ -292,3 +292,10 @@ def test_each_array_may_be_clipped_by_itself():
     clipped += length > 3
     np.testing.assert_allclose(updates[name], -0.4 * g * min(1, 3 / length), rtol=1e-5)
   assert 0 < clipped < len(gradients)
+
+
+@pytest.mark.parametrize("clip_each", [False, True])
+def test_clipping_may_begin_in_the_middle_of_a_run(clip_each):
+  options = OPTIONS | {"name": "adamw", "clip_each": clip_each}
+  states = [make_optimizer(**options | {"clip_norm": c})[0].init(trees(0)) for c in (0.0, 1.0)]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
