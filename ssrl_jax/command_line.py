@@ -56,14 +56,19 @@ def run_command(
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     if help_asked(argv, text, values):
       return 0
-    if rest := values(argv)[1:]:
-      raise ValueError(f"unknown argument {rest[0]!r}; --help lists the flags")
+    check_no_more(values(argv)[1:])
     for name in needed:
       if not values[name].value:
         raise ValueError(f"--{name} is missing; --help says what it is")
     return program(values)
 
   return exit_with_one_line(with_flags, show_traceback=lambda: "--traceback" in argv)
+
+
+def check_no_more(rest: Sequence[str]) -> None:
+  """Refuses what is left of a command line when its flags are read."""
+  if rest:
+    raise ValueError(f"unknown argument {rest[0]!r}; flags begin with --, and --help lists them")
 
 
 def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
@@ -76,7 +81,7 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
     fix = "run this in the folder that holds configs/"
     print(f"error: recipes import one another as configs.NAME: {fix}", file=sys.stderr)
     return 1
-  except (ValueError, TypeError, AttributeError, KeyError, OSError, FloatingPointError,
+  except (ValueError, TypeError, AttributeError, KeyError, OSError, EOFError, ArithmeticError,
           flags.Error) as error:  # fmt: skip
     if isinstance(error, BrokenPipeError) and _reader_gone():
       os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # else the exit complains

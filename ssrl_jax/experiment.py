@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ssrl_jax import guard, optim, parallel
 from ssrl_jax.accumulate import accumulated
+from ssrl_jax.config import base_config, flatten
 from ssrl_jax.data import sources
 from ssrl_jax.data.damaged import check_fraction
 from ssrl_jax.data.sampling import Sampling, make_sampling
@@ -155,8 +156,19 @@ def make_method(config: ConfigDict, run: Run) -> Method:
   name, options = split_name(config.method)
   if name not in METHODS:
     raise ValueError(nearest(name, METHODS, "method"))
+  check_sizes(config)
   encoder = make_encoder(**config.encoder.to_dict())
   return METHODS[name](encoder=encoder, views=view_specs(config), run=run, **options)
+
+
+def check_sizes(config: ConfigDict) -> None:
+  """Refuses whole numbers of encoder and method below 1, below 0 where that is their default."""
+  for group in ("encoder", "method"):
+    values = flatten(config[group])
+    for key, default in flatten(base_config(config.method.name)[group]).items():
+      least = min(default, 1) if type(default) is int else None
+      if least is not None and values[key] < least:
+        raise ValueError(f"{group}.{key} is {values[key]}; expected {least} or more")
 
 
 def plain_method(experiment: Experiment) -> Method:

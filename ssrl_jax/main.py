@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shlex
 import sys
 import time
@@ -25,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ssrl_jax import processes
-from ssrl_jax.command_line import help_asked, print_line
+from ssrl_jax.command_line import check_no_more, help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
@@ -156,7 +157,9 @@ def judge(
 
 def recipe_alone(argv: list[str]) -> dict[str, Any]:
   """Every key of the --config=FILE among the arguments, as the file has it; {} without one."""
-  alone, without = flags.FlagValues(), argv[:1] + [a for a in argv if a.startswith("--config=")]
+  given = [a if "=" in a else f"{a}={b}" for a, b in zip(argv, [*argv[1:], ""])]  # or --config FILE
+  alone, without = flags.FlagValues(), [a for a in given if re.match("--?config=", a)]
+  without.insert(0, argv[0])
   recipe = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=without)
   alone(without)
   return {} if recipe.value is None else flatten(recipe.value)
@@ -184,9 +187,10 @@ def cli(argv: list[str]) -> int:
         print_line(line)
       return 0
     try:
-      flags.FLAGS(argv)
+      rest = flags.FLAGS(argv)[1:]
     except AttributeError as error:
       raise ValueError(unknown_key(argv) or str(error)) from error
+    check_no_more(rest)
     if CONFIG.value is None:
       raise ValueError("--config=configs/NAME.py is missing; see README.md for the recipes")
     return run(argv)

@@ -106,7 +106,11 @@ def read_config(folder: Path) -> dict[str, Any]:
   path = folder / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{folder} is no run's folder: it has no config.json")
-  return json.loads(path.read_text())
+  with contextlib.suppress(ValueError):
+    config = json.loads(path.read_text())
+    if isinstance(config, dict) and "name" in config.get("method", ()):
+      return config
+  raise ValueError(f"{path} is no run's config; choose another --workdir")
 
 
 def load_config(folder: Path) -> ConfigDict:

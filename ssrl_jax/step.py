@@ -121,6 +121,8 @@ def make_watched_step(experiment: Experiment) -> Callable[[TrainState, Batch], t
       new = new._replace(guard=guard)
       if options.on_bad_step == "skip":
         new = unless(bad >= 0, new, state)
+        updates = state.step - state.guard["skipped"]  # which the optimizer's schedule counts
+        metrics["learning_rate"] = jnp.asarray(experiment.schedule(updates), jnp.float32)
         metrics |= {f"guard/{name}": guard[name] for name in ("skipped", "in_a_row")}
     return new, {**metrics, "first_bad": bad}
 

@@ -285,6 +285,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.encoder.name=vit_nano", "--config.encoder.vit.patch=7"], "patch"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
     ([], "--config"),
+    ([SMOKE, "config.epochs=20"], "unknown argument 'config.epochs=20'"),
+    (["--config", "configs/smoke.py", "--config.epoch=3"], "did you mean 'epochs'"),
+    ([SMOKE, "--config.encoder.resnet.width=0"], "encoder.resnet.width is 0; expected 1 or more"),
+    ([SMOKE + ":swav", "--config.method.queue_size=-16"], "queue_size is -16; expected 0 or more"),
   ],
 )  # fmt: skip
 def test_bad_arguments_give_one_line_with_the_fix(arguments, message, tmp_path):

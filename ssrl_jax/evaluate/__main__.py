@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ssrl_jax import processes
-from ssrl_jax.command_line import help_asked, print_line
+from ssrl_jax.command_line import check_no_more, help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
@@ -115,7 +115,7 @@ def cli(argv: list[str]) -> int:
       for name in GROUPS
     }
     values.unparse_flags()
-    values(argv)
+    check_no_more(values(argv)[1:])
     config.update({name: group.value for name, group in groups.items()})
     return run(values, config)
 

@@ -38,7 +38,7 @@ def nt_xent(z1_BP: Array, z2_BP: Array, *, temperature: float, block: int = 0) -
 def decoupled(z1_BP: Array, z2_BP: Array, *, temperature: float, block: int = 0) -> Array:
   """DCL: NT-Xent without the positive pair in the denominator.
 
-  Yeh et al. 2022, equation 6; official code: raminnakhli/Decoupled-Contrastive-Learning dcl.py,
+  Yeh et al. 2022, equation 6; implemented in raminnakhli/Decoupled-Contrastive-Learning dcl.py,
   which sums one direction; this is the mean of both. Arguments and result as `nt_xent`, but the
   value may be negative.
   """

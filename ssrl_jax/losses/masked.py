@@ -20,13 +20,6 @@ def patchify(images_BHWC: Array, patch: int) -> Array:
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
-def unpatchify(patches_BNM: Array, patch: int, grid: tuple[int, int]) -> Array:
-  """The inverse of `patchify` for a picture of `grid` patches."""
-  b, (h, w) = patches_BNM.shape[0], grid
-  x = patches_BNM.reshape(b, h, w, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(b, h * patch, w * patch, -1)
-
-
 def standardise_patches(patches_BNM: Array) -> Array:
   """Each patch with mean 0 and variance 1: He et al. 2022 (MAE), section 4.1.
 

@@ -1,8 +1,8 @@
 """DCL: SimCLR whose denominator leaves the positive pair out (Yeh et al. 2022).
 
 The pull of the positive no longer weakens the push of the negatives, so small batches lose less.
-Official code: raminnakhli/Decoupled-Contrastive-Learning. Departures: the mean of both directions
-where that code has one; the weighted form (DCLW) is left out.
+Code: raminnakhli/Decoupled-Contrastive-Learning (not the authors'). Departures: the mean of both
+directions where that code has one; the weighted form (DCLW) is left out.
 """
 
 from __future__ import annotations

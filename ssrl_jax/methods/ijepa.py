@@ -4,6 +4,7 @@ Official code: facebookresearch/ijepa. Four target blocks, a large context block
 moving average of the encoder, its output layer-normalised, makes the targets. Departures: what a
 network must not see is hidden from attention instead of cut out, so that each example has blocks of
 its own sizes (the official code draws sizes once for a batch, and cuts contexts to the shortest);
+aspect ratios are drawn log-uniformly (there uniformly), and a block may fill the grid (there not);
 the class token stays as a register, so set encoder.vit.pool to "mean".
 """
 

@@ -82,8 +82,9 @@ def make(
   size = global_spec(views, method="jigsaw", count=1).size
   if not 0 <= gap < 1:
     raise ValueError(f"jigsaw: gap is {gap}; expected 0 <= gap < 1, e.g. 0.25")
-  if not 2 <= num_permutations <= CANDIDATES:
-    raise ValueError(f"jigsaw: num_permutations is {num_permutations}; expected 2 to {CANDIDATES}")
+  most = CANDIDATES // 2  # some candidates come twice
+  if not 2 <= num_permutations <= most:
+    raise ValueError(f"jigsaw: num_permutations is {num_permutations}; expected 2 to {most}")
   cell = size // GRID
   tile = max(round(cell * (1 - gap)), 1)
   order_KT = far_permutations(num_permutations)
@@ -141,7 +142,9 @@ def far_permutations(num: int) -> np.ndarray:
   """int32 [num, 9]: each the candidate of largest summed Hamming distance to those before."""
   np_rng = np.random.default_rng(0)
   candidates = np.argsort(np_rng.random((CANDIDATES, TILES)), axis=1).astype(np.int32)
-  chosen, distance = [0], np.zeros(CANDIDATES, np.int64)
+  _, first = np.unique(candidates, axis=0, return_index=True)  # some come twice
+  candidates = candidates[np.sort(first)]
+  chosen, distance = [0], np.zeros(len(candidates), np.int64)
   while len(chosen) < num:
     distance += np.sum(candidates != candidates[chosen[-1]], axis=1)
     distance[chosen[-1]] = -(2**40)

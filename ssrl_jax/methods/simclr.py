@@ -1,8 +1,9 @@
 """SimCLR: tell every image of the batch apart, whatever its view (Chen et al. 2020).
 
 encoder -> projector -> NT-Xent between two global views. The baseline of the fusion system.
-Official code: google-research/simclr. Departures: none known in the objective; BatchNorm takes its
-statistics over both views at once, as the official code does.
+Official code: google-research/simclr. Departure: the mean of both directions, where the official
+code has their sum, which only counts for what LARS does not rescale (biases, norms). BatchNorm
+takes its statistics over both views at once, as the official code does.
 """
 
 from __future__ import annotations

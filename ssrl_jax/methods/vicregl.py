@@ -4,8 +4,10 @@ Places match by features and by where they lie in the picture, in both direction
 closest few count. Official code: facebookresearch/VICRegL main_vicregl.py. Unlike VICReg's, its
 global covariance term is the mean over views, not the sum. Departures: its local_loss overwrites
 the terms of earlier pairs of views and still divides by their number, which halves the local loss
-for two views; here it is the mean, as in the paper. The official runs train the maps' projector at
-a tenth of the learning rate; here it has the same.
+for two views; here it is the mean, as in the paper. Its default lets all places count that match
+by features (l2_all_matches), and of those that match by position 20 from view 1 and 4 from view 2;
+here `num_matches` of each. The official runs train the maps' projector at a tenth of the learning
+rate; here it has the same.
 """
 
 from __future__ import annotations

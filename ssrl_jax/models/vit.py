@@ -243,7 +243,7 @@ def check_vit(method: str, encoder: nn.Module) -> int:
 def sincos(h: int, w: int, dim: int) -> np.ndarray:
   """Fixed 2-D positions, float32 [h, w, dim]: sin and cos of the column, then of the row.
 
-  Chen et al. 2021 (MoCo v3), the order of their and of MAE's code.
+  Chen et al. 2021 (MoCo v3), in the order of MAE's code.
   """
   if dim % 4:
     raise ValueError(f"dim {dim} is not divisible by 4, as sincos positions need")

@@ -21,12 +21,6 @@ def test_patchify_is_row_column_channel_of_each_patch_row_by_row():
     assert patches[b, n, m] == expected
 
 
-@pytest.mark.parametrize(("patch", "grid"), [(2, (3, 2)), (1, (6, 4))])
-def test_unpatchify_undoes_patchify(patch, grid):
-  x = pictures()
-  np.testing.assert_array_equal(masked.unpatchify(masked.patchify(x, patch), patch, grid), x)
-
-
 def standardise64(patches):
   """models_mae.py, forward_loss: torch's var, which divides by M - 1, and 1e-6 added to it."""
   out = np.zeros(patches.shape)

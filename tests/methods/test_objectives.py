@@ -694,6 +694,7 @@ def test_far_permutations():
   # The first few are as far apart as can be: no tile at the same place twice.
   assert all(np.all(a != b) for i, a in enumerate(order[:4]) for b in order[:i])
   np.testing.assert_array_equal(jigsaw.far_permutations(20), order[:20])
+  assert len(np.unique(jigsaw.far_permutations(2000), axis=0)) == 2000
 
 
 def test_fusion_pieces():
