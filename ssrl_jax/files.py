@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
+  # Of this process: another may write the same file.
+  partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.partial")
   partial.write_text(text, encoding="utf-8")
   os.replace(partial, path)
+
+
+def printable(name: str) -> str:
+  r"""A file's name whose bytes are not UTF-8 with these as \\xe9, so that it can be shown."""
+  return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -31,7 +31,7 @@ from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.during import evaluate_during
-from ssrl_jax.evaluate.suite import evaluate_run, open_test, results_table
+from ssrl_jax.evaluate.suite import Results, evaluate_run, open_test, results_table
 from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.optim import describe_groups
@@ -142,8 +142,18 @@ def judge(
   """Evaluates what was trained; writes results.json and report.html."""
   config = experiment.config
   evals = config.evaluate.evals
-  evaluated = evaluate_run(experiment, state, source, test, evals=evals, say=say, moved=moved)
-  write_results(folder, experiment, state, evaluated.results, command=command, costs=costs.read())
+  found: Results = {}
+
+  def keep(results: Results) -> None:
+    for name, figures in results.items():
+      found[name] = found.get(name, {}) | figures
+
+  try:
+    evaluated = evaluate_run(
+      experiment, state, source, test, evals=evals, say=say, moved=moved, keep=keep
+    )
+  finally:  # what one protocol refuses costs no figure of another
+    write_results(folder, experiment, state, found, command=command, costs=costs.read())
   costs.keep()
   if config.evaluate.report:
     views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)

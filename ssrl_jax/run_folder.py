@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from ssrl_jax.config import base_config, changed_keys, flatten
+from ssrl_jax.config import HARMLESS, base_config, changed_keys, flatten
 from ssrl_jax.data.damaged import read_damaged
 from ssrl_jax.experiment import Experiment
 from ssrl_jax.files import write_json
@@ -169,11 +169,15 @@ def merge_evaluation(
   """Adds figures to evaluation.json; those of another state, pictures or options are dropped."""
   if jax.process_index() != 0:
     return
-  same = {"step": step, "state_digest": state_digest, "data": flatten(ConfigDict(options["data"]))}
+  data = flatten(ConfigDict({"data": options["data"]}))
+  data = {k.removeprefix("data."): v for k, v in data.items() if not k.startswith(HARMLESS)}
+  same = {"step": step, "state_digest": state_digest, "data": data}
   same |= {"view": {name: options["evaluate"].get(name) for name in ("size", "crop")}}
   record = same | {"results": {}, "options": {}}
   if path.exists():
     old = json.loads(path.read_text())
+    older = {k: v for k, v in old.get("data", {}).items() if not f"data.{k}".startswith(HARMLESS)}
+    old = {**old, "data": older}
     if all(old.get(key, value) == value for key, value in same.items()):
       record = old | same  # older files have no "view"
   new = {figure.split("/")[0] for figures in results.values() for figure in figures}
@@ -186,7 +190,10 @@ def merge_evaluation(
       }
     record["options"][name] = given
   for encoder, figures in results.items():
-    record["results"][encoder] = record["results"].get(encoder, {}) | figures
+    kept = record["results"].get(encoder, {})
+    again = {figure.split("/")[0] for figure in figures}
+    kept = {f: value for f, value in kept.items() if f.split("/")[0] not in again}
+    record["results"][encoder] = kept | figures
   path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, record)
 

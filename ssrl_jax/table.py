@@ -59,7 +59,6 @@ class Column(NamedTuple):
   judge: str  # key of Table.judges, or "run": results.json of the run itself
   figure: str  # "linear/accuracy"; of "run": see `run_figures`
   decimals: int = 1
-  lower_is_better: bool = False
 
 
 class Table(NamedTuple):

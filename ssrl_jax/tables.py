@@ -81,13 +81,17 @@ def train_command(run: Run, folder: Path, data: str) -> list[str]:
   overrides = {"seed": run.seed, **run.training.overrides, "evaluate.evals": ""}
   changes = [f"--config.{key}={_as_flag(value, data)}" for key, value in overrides.items()]
   start = [sys.executable, "-m", "ssrl_jax.main", f"--config={run.training.recipe}"]
-  return [*start, f"--workdir={folder}", *changes, "--config.evaluate.report=False"]
+  # The pictures may have moved since it began; `refuse_outdated` has looked at the rest.
+  moved = ["--config.evaluate.report=False", "--allow_config_change=True"]
+  return [*start, f"--workdir={folder}", *changes, *moved]
 
 
 def judge_command(
-  judge: Judge, folder: Path, out: Path, encoders: Sequence[str], other: Path | None, data: str
-) -> list[str]:
-  options = [f"--{key}={_as_flag(value, data)}" for key, value in judge.options.items()]
+  judge: Judge, run: Run, folder: Path, out: Path, encoders: Sequence[str], other: Path | None,
+  data: str,
+) -> list[str]:  # fmt: skip
+  own = {k: v for k, v in run.training.overrides.items() if k == "data.source"}
+  options = [f"--{key}={_as_flag(value, data)}" for key, value in (own | judge.options).items()]
   start = [sys.executable, "-m", "ssrl_jax.evaluate", f"--workdir={folder}", f"--out={out}"]
   compared = [f"--other={other}"] if other else []
   return [*start, f"--evals={judge.evals}", f"--encoders={','.join(encoders)}", *options, *compared]
@@ -216,7 +220,7 @@ def make(
         continue  # of another share, and not trained to its end yet
       out = judged_file(folder, key, judge)
       do(
-        judge_command(judge, folder, out, encoders, other, data),
+        judge_command(judge, run, folder, out, encoders, other, data),
         run,
         f"{key} of {', '.join(encoders)}",
       )
@@ -260,14 +264,20 @@ def values(table: Table, row: Row, column: Column, workdirs: Sequence[Path]) -> 
   return found
 
 
-def plan(tables: Sequence[Table], workdirs: Sequence[Path], *, say: Callable[[str], None]) -> None:
-  """Prints what is missing and what training it would cost."""
+def plan(
+  tables: Sequence[Table],
+  workdirs: Sequence[Path],
+  *,
+  share: Set[tuple[str, int]],
+  say: Callable[[str], None],
+) -> None:
+  """Prints what is missing (of `share_of`) and what training it would cost."""
   to_train: dict[tuple[str, int], Run] = {}
   to_judge: set[Path] = set()
   for table in tables:
     runs, judged = missing(table, workdirs)
-    to_train |= {(r.training.name, r.seed): r for r in runs}
-    for run, key, _ in judged:
+    to_train |= {(r.training.name, r.seed): r for r in runs if (r.training.name, r.seed) in share}
+    for run, key, _ in [j for j in judged if (j[0].training.name, j[0].seed) in share]:
       to_judge.add(judged_file(run.folder(workdirs), key, table.judges[key]))
   here = measured_matmul_flops() * ASSUMED_MFU * 3600
   total_reference = total_here = 0.0
@@ -318,14 +328,14 @@ def cli(argv: list[str]) -> int:
         raise ValueError(f"--merge: {folder} holds no runs of tables")
     for _, table in tables:
       refuse_outdated(table, workdirs)
+    share = share_of([table for _, table in tables], v.rows)
     if v.plan:
-      plan([table for _, table in tables], workdirs, say=print_line)
+      plan([table for _, table in tables], workdirs, share=share, say=print_line)
       return 0
     # What one command compiles, others load: seeds of a row, evaluations of an encoder.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdirs[0] / "compiled").resolve()))
     # On a CPU XLA's buffers are made anew each step: with glibc's large pages, not page by page.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    share = share_of([table for _, table in tables], v.rows)
     command = shlex.join(["python", "-m", "ssrl_jax.tables", *argv[1:]])
     workdirs[0].mkdir(parents=True, exist_ok=True)
     failed = []

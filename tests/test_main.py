@@ -500,7 +500,7 @@ def test_clips_train_by_class_on_views_that_grow_harder(tmp_path):
 def test_dry_run_of_imagenet_tells_what_it_costs():
   code, out, err = run("--config=configs/imagenet.py", "--dry_run", "--devices=8")
   assert code == 0, err
-  for part in ("Total", "batch/image", "on each device [512, 352, 352, 3]", "state memory",
+  for part in ("Total", "batch/image", "on each device [512, 384, 384, 3]", "state memory",
                "FLOPs", "device-hours"):  # fmt: skip
     assert part in out
 

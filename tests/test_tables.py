@@ -294,7 +294,8 @@ def test_other_overrides_are_another_run():
 
 
 def test_plan_says_steps_flops_and_hours_and_runs_nothing(tmp_path, capsys):
-  tables.plan([TABLE, TABLE], [tmp_path], say=print)
+  share = tables.share_of([TABLE], "1/1")
+  tables.plan([TABLE, TABLE], [tmp_path], share=share, say=print)
   out = capsys.readouterr().out
   assert f"{OURS.name}-0 " in out
   assert "5 trainings, 5 evaluations missing" in out

@@ -21,7 +21,7 @@ from ssrl_jax.table import DATA, Training
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-FROZEN = "knn,linear"
+PAPER_BATCH = 64  # of what is trained on maps or few labels: a multiple of the devices
 
 # What the rows of a budget have in common, for the text above a table.
 CIFAR_TEXT = "CIFAR-10: ResNet-8 of width 16, 5,000 training images, 8 epochs."
@@ -51,3 +51,9 @@ def grocery(method: str, changes: Mapping[str, Any] = NOTHING) -> Training:
 def imagenet(method: str, changes: Mapping[str, Any] = NOTHING) -> Training:
   """ResNet-50 on ImageNet-1k, as the recipe has it."""
   return Training(f"configs/imagenet.py:{method}", changes)
+
+
+def frozen(budget: str) -> tuple[str, str]:
+  """What judges frozen features, and its linear figure: papers' is of random crops and flips."""
+  linear = "linear" if budget == "local" else "linear_sgd"
+  return f"knn,{linear}", f"{linear}/accuracy"

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, NOTHING, cifar, imagenet
+from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, NOTHING, cifar, frozen, imagenet
 from ssrl_jax.table import Column, Judge, Row, Table, Training
 
 LOCAL = {"local_views.count": 2, "local_views.area": (0.05, 0.2)}
 
 
 def get_table(budget: str) -> Table:
+  evals, figure = frozen(budget)
   local = budget == "local"
 
   def train(changes: Mapping[str, Any] = NOTHING) -> Training:
@@ -37,10 +38,10 @@ def get_table(budget: str) -> Table:
     rows=tuple(rows),
     columns=(
       Column("k-NN %", "frozen", "knn/accuracy"),
-      Column("linear %", "frozen", "linear/accuracy"),
+      Column("linear %", "frozen", figure),
       Column("CPU minutes", "run", "cpu_minutes"),
     ),
-    judges={"frozen": Judge(FROZEN)},
+    judges={"frozen": Judge(evals)},
     subject="fusion",
     baselines=tuple(r.title for r in rows[1:]),
   )

@@ -1,9 +1,9 @@
 """Detection on an encoder's maps: Zhang 2026 claims about +2.5 mAP."""
 
-from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
+from configs.tables import IMAGENET_TEXT, PAPER_BATCH, PHOTOS_TEXT, imagenet, photos
 from ssrl_jax.table import DATA, Column, Judge, Row, Table
 
-STEPS = {"local": 300, "paper": 24_000}
+STEPS = {"local": 300, "paper": 6_000}
 
 
 def get_table(budget: str) -> Table:
@@ -23,6 +23,7 @@ def get_table(budget: str) -> Table:
       "detection",
       {
         "evaluate.detection.source": f"coco:{DATA}/{folder}",
+        **({} if local else {"evaluate.detection.batch_size": PAPER_BATCH}),
         "evaluate.detection.steps": STEPS[budget],
         "evaluate.detection.finetune": True,
         "evaluate.detection.size": 160 if local else 800,

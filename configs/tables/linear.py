@@ -1,10 +1,11 @@
 """Linear accuracy of frozen features: Zhang 2026's main table."""
 
-from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
+from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, cifar, frozen, imagenet
 from ssrl_jax.table import Column, Judge, Row, Table
 
 
 def get_table(budget: str) -> Table:
+  evals, figure = frozen(budget)
   local = budget == "local"
   train = cifar if local else imagenet
   seeds = (0, 1, 2) if local else (0,)
@@ -27,10 +28,10 @@ def get_table(budget: str) -> Table:
     rows=tuple(rows),
     columns=(
       Column("k-NN %", "frozen", "knn/accuracy"),
-      Column("linear %", "frozen", "linear/accuracy"),
+      Column("linear %", "frozen", figure),
       Column("CPU minutes", "run", "cpu_minutes"),
     ),
-    judges={"frozen": Judge(FROZEN)},
+    judges={"frozen": Judge(evals)},
     subject="fusion",
     baselines=tuple(r.title for r in rows[1:]),
   )

@@ -1,6 +1,6 @@
 """Few labels: 1 % and 10 % of them, linear on frozen features and fine-tuned."""
 
-from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, cifar, imagenet
+from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, PAPER_BATCH, cifar, imagenet
 from ssrl_jax.table import Column, Judge, Row, Table
 
 
@@ -15,7 +15,8 @@ def get_table(budget: str) -> Table:
   frozen = {"evaluate.low_label.draws": 5 if local else 1}
   tuned = {
     **frozen, "evaluate.low_label.draws": 1, "evaluate.low_label.finetuned": True,
-    "evaluate.low_label.finetune_epochs": 40, "evaluate.low_label.finetune_batch_size": 32,
+    "evaluate.low_label.finetune_epochs": 40,
+    "evaluate.low_label.finetune_batch_size": 32 if local else PAPER_BATCH,
   }  # fmt: skip
   return Table(
     title="Few labels",

@@ -1,6 +1,6 @@
 """Every method at one budget: k-NN and linear accuracy, with the controls of each encoder."""
 
-from configs.tables import FROZEN, cifar, imagenet
+from configs.tables import cifar, frozen, imagenet
 from ssrl_jax.methods import METHODS
 from ssrl_jax.table import Column, Judge, Row, Table
 
@@ -14,6 +14,7 @@ CONTROLS = {
 
 
 def get_table(budget: str) -> Table:
+  evals, figure = frozen(budget)
   train = cifar if budget == "local" else imagenet
   rows = [Row(method, train(method)) for method in METHODS]
   rows += [
@@ -31,7 +32,7 @@ def get_table(budget: str) -> Table:
     text = "ImageNet-1k, ResNet-50 (ViT-S or ViT-B for ibot, mae, ijepa), as configs/imagenet.py."
   columns = (
     Column("k-NN %", "frozen", "knn/accuracy"),
-    Column("linear %", "frozen", "linear/accuracy"),
+    Column("linear %", "frozen", figure),
     Column("CPU minutes", "run", "cpu_minutes"),
   )
-  return Table("Methods", text, "", tuple(rows), columns, {"frozen": Judge(FROZEN)})
+  return Table("Methods", text, "", tuple(rows), columns, {"frozen": Judge(evals)})

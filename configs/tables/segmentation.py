@@ -1,9 +1,9 @@
 """Segmentation on an encoder's maps: Zhang 2026 claims about +2.5 mIoU."""
 
-from configs.tables import IMAGENET_TEXT, PHOTOS_TEXT, imagenet, photos
+from configs.tables import IMAGENET_TEXT, PAPER_BATCH, PHOTOS_TEXT, imagenet, photos
 from ssrl_jax.table import DATA, Column, Judge, Row, Table
 
-STEPS = {"local": 300, "paper": 20_000}
+STEPS = {"local": 300, "paper": 5_000}
 SEEDS = {"fusion": (0, 1), "simclr": (0, 1), "swav": (0,)}  # of the local budget
 
 
@@ -20,6 +20,8 @@ def get_table(budget: str) -> Table:
     "evaluate.segmentation.steps": STEPS[budget],
     "evaluate.segmentation.size": 160 if local else 512,
   }
+  if not local:
+    options["evaluate.segmentation.batch_size"] = PAPER_BATCH
   tuned = {**options, "evaluate.segmentation.head": "light", "evaluate.segmentation.finetune": True}
   return Table(
     title="Segmentation",

@@ -1,6 +1,6 @@
 """Stability of training: spread over seeds, and what another learning rate does."""
 
-from configs.tables import CIFAR_TEXT, FROZEN, IMAGENET_TEXT, cifar, imagenet
+from configs.tables import CIFAR_TEXT, IMAGENET_TEXT, cifar, frozen, imagenet
 from ssrl_jax.table import Column, Judge, Row, Table, resolve
 
 # The seeds of each factor of the learning rate.
@@ -8,6 +8,7 @@ SEEDS = {0.1: (0,), 1.0: (0, 1, 2), 3.0: (0,)}
 
 
 def get_table(budget: str) -> Table:
+  evals, figure = frozen(budget)
   local = budget == "local"
   train = cifar if local else imagenet
   rows = []
@@ -24,8 +25,8 @@ def get_table(budget: str) -> Table:
     rows=tuple(rows),
     columns=(
       Column("k-NN %", "frozen", "knn/accuracy"),
-      Column("linear %", "frozen", "linear/accuracy"),
-      Column("diverged", "run", "diverged", decimals=2, lower_is_better=True),
+      Column("linear %", "frozen", figure),
+      Column("diverged", "run", "diverged", decimals=2),
     ),
-    judges={"frozen": Judge(FROZEN)},
+    judges={"frozen": Judge(evals)},
   )

@@ -24,6 +24,8 @@ def run(folder: Path, num_clusters: int, out: Path, seed: int) -> int:
   train = open_split(experiment.config, "train")
   if not 2 <= num_clusters <= len(train):
     raise ValueError(f"num_clusters is {num_clusters}; expected 2 to {len(train)}, the examples")
+  if not out.parent.is_dir():
+    raise FileNotFoundError(f"--out={out}: no folder {out.parent}")
   rows = trained_evaluation(experiment, state, train, train).features("train")
   kmeans = MiniBatchKMeans(num_clusters, random_state=seed, n_init=3, batch_size=4096)
   clusters = np.full(len(train), -1, np.int32)  # -1: damaged, so in no cluster

@@ -303,8 +303,11 @@ def read_mask(path: str) -> np.ndarray:
   try:
     with Image.open(path, formats=("PNG",)) as im:
       mask = np.asarray(im)
+      bits = _bits_of_grey(path)
   except Exception as e:  # Pillow's plugins raise many kinds on damaged files
     raise ValueError(f"the mask {path} cannot be read ({type(e).__name__}: {e}); replace it") from e
+  if bits in (2, 4):  # Pillow spreads them over 0 to 255
+    raise ValueError(f"the mask {path} is of {bits}-bit grey; save it with 8 bits, or a palette")
   if mask.ndim != 2:
     raise ValueError(
       f"the mask {path} has {mask.shape[2]} channels; expected one of class numbers, not of colours"
@@ -312,6 +315,13 @@ def read_mask(path: str) -> np.ndarray:
   if mask.dtype != bool and (mask.min() < 0 or mask.max() > IGNORE):
     raise ValueError(f"the mask {path} has numbers from {mask.min()} to {mask.max()}; at most 255")
   return mask.astype(np.uint8)
+
+
+def _bits_of_grey(path: str) -> int:
+  """Of a grey PNG; 0 of one of colours or a palette. (ISO/IEC 15948, IHDR.)"""
+  with open(path, "rb") as file:
+    header = file.read(26)
+  return header[24] if header[25] == 0 else 0
 
 
 def _path_of(name: str, kind: str) -> str:

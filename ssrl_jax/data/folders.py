@@ -19,6 +19,7 @@ from ssrl_jax.data.listing import (
   list_pictures,
   nothing_found,
 )
+from ssrl_jax.files import printable
 
 
 class FolderSource:
@@ -109,10 +110,19 @@ class ClipSource:
 
 def _split_folder(path: str, split: str) -> str:
   known = ("train", *HELD_OUT)
-  available = tuple(s for s in (*known, split) if os.path.isdir(os.path.join(path, s)))
+  there = {}
+  for name in (*known, split):
+    forms = [f for f in (name, name.capitalize(), name.upper()) if _is_folder(path, f)]
+    there |= {name: forms[0]} if forms else {}
+  available = tuple(dict.fromkeys(s for s in (*known, split) if s in there))
   if available or split != "train":
-    return os.path.join(path, find_split(split, available or ("train (all of it)",), where=path))
+    found = find_split(split, available or ("train (all of it)",), where=path)
+    return os.path.join(path, there.get(found, found))
   return path
+
+
+def _is_folder(path: str, name: str) -> bool:
+  return os.path.isdir(os.path.join(path, name))
 
 
 def _existing(path: str, kind: str) -> str:
@@ -129,7 +139,8 @@ def _classes(paths: list[bytes]) -> tuple[tuple[str, ...], int | None, np.ndarra
   if "" in names:
     return (), None, np.full(len(tops), -1, np.int32)
   label_of = {name: label for label, name in enumerate(names)}
-  return tuple(names), len(names), np.array([label_of[top] for top in tops], np.int32)
+  labels = np.array([label_of[top] for top in tops], np.int32)
+  return tuple(map(printable, names)), len(names), labels
 
 
 _SEP = os.sep.encode()

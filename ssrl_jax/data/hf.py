@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import json
 import os
 import threading
@@ -27,6 +28,8 @@ class HfSource:
 
   def __init__(self, path: str, *, split: str):
     self._split, self._where = split, f"hf:{path}"
+    if importlib.util.find_spec("pyarrow") is None:
+      raise ValueError(f"{self._where} needs pyarrow: pip install -e '.[hf]'")
     files, _ = find_shards(path, kind="hf", split=split, endings=(".parquet", ".arrow"))
     # What `map` leaves beside a saved set.
     files = [f for f in files if not os.path.basename(f).startswith(("cache-", "indices-"))]

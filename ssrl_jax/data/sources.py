@@ -156,14 +156,23 @@ def read_together(source: Source, positions: Sequence[int]) -> dict[int, dict[st
   return source.read_together(positions)
 
 
-class Subset:
-  """`num_examples` of a source's examples, drawn with `seed`, in the source's order."""
+class NoPictures:
+  """Of a run whose own pictures are not looked at."""
 
-  def __init__(self, source: Source, num_examples: int, *, seed: int):
-    if num_examples > len(source):
-      raise ValueError(f"{num_examples} examples are asked of {source!r}; lower it, or 0 = all")
-    drawn = np.random.default_rng(seed).permutation(len(source))[:num_examples]
-    self.whole, self.positions, self._seed = source, np.sort(drawn), seed
+  num_classes, class_names = None, ()
+
+  def __len__(self) -> int:
+    return 0
+
+  def __repr__(self) -> str:
+    return "NoPictures()"
+
+
+class Part:
+  """A source's examples of these positions."""
+
+  def __init__(self, source: Source, positions: np.ndarray):
+    self.whole, self.positions = source, positions
     self.num_classes, self.class_names = source.num_classes, source.class_names
     for known in ("labels", "origins"):
       if hasattr(source, known):
@@ -181,6 +190,20 @@ class Subset:
 
   def name(self, i: int) -> str:
     return self.whole.name(int(self.positions[i]))
+
+  def __repr__(self) -> str:
+    return f"Part({self.whole!r}, {len(self)} from {self.positions[:1]})"
+
+
+class Subset(Part):
+  """`num_examples` of a source's examples, drawn with `seed`, in the source's order."""
+
+  def __init__(self, source: Source, num_examples: int, *, seed: int):
+    if num_examples > len(source):
+      raise ValueError(f"{num_examples} examples are asked of {source!r}; lower it, or 0 = all")
+    drawn = np.random.default_rng(seed).permutation(len(source))[:num_examples]
+    super().__init__(source, np.sort(drawn))
+    self._seed = seed
 
   def __repr__(self) -> str:
     return f"Subset({self.whole!r}, {len(self)}, seed={self._seed})"

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict, config_flags
 from ssrl_jax import processes
 from ssrl_jax.command_line import check_no_more, help_asked, print_line
 from ssrl_jax.config import flatten
+from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS
-from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table
+from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table, select
 from ssrl_jax.experiment import open_split
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.options import nearest
@@ -44,7 +45,8 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   other = load_run(Path(values.other).expanduser(), mesh=config.mesh) if values.other else None
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = replace(experiment, config=config)
-  train = open_split(config, "train")
+  own = {protocol.needs for protocol in select(values.evals).values()} <= {"nothing"}
+  train = NoPictures() if own else open_split(config, "train")
   test = open_test(experiment, train, values.evals)
   encoders = tuple(filter(None, values.encoders.split(",")))
   facts = {

@@ -131,7 +131,7 @@ def read_groups(path: str, num_test: int) -> np.ndarray:
 
 
 def _write(path: Path, tables: dict[str, dict[str, tuple[int, float]]]) -> None:
-  with path.open("w", newline="") as file:
+  with path.open("w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file)
     writer.writerow(["kind", "name", "num_pictures", "accuracy"])
     for kind, table in tables.items():

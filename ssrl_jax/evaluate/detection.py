@@ -251,7 +251,7 @@ def write_table(
   """A line for each class: name, AP, AP50, AP75 in percent (empty: no box), number of boxes."""
   labels = np.concatenate([boxes.labels[~boxes.crowd] for boxes in truth])
   counts = np.bincount(labels, minlength=len(class_names))
-  with open(path, "w", newline="", encoding="utf-8") as file:
+  with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
     writer = csv.writer(file)
     writer.writerow(["class", "AP", "AP50", "AP75", "boxes"])
     for name, row, count in zip(class_names, rows_K3, counts):

@@ -11,10 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssrl_jax import parallel
-from ssrl_jax.data.sources import Source, Subset
+from ssrl_jax.data.sources import Part, Source, Subset, labels_of
+from ssrl_jax.evaluate.linear import split_held_out
 from ssrl_jax.evaluate.suite import runs, select, trained_evaluation
 from ssrl_jax.experiment import Experiment
 from ssrl_jax.state import TrainState
+
+HELD_OUT = 0.1  # of the training pictures, which early stopping judges
 
 Moved = Callable[..., None]  # called at signs of life, as `processes.watchdog` has it
 Evaluate = Callable[[TrainState, Moved], dict[str, float]]  # of `evaluate_during`
@@ -24,7 +27,8 @@ def evaluate_during(experiment: Experiment, train: Source, test: Source | None) 
   """What judges a state while a run trains, as config.evaluate.during says; None: nothing does.
 
   It is given the state and what to call at signs of life, which may be rarer than a step's.
-  Protocols that the pictures lack something for are left out, as by `evaluate_run`.
+  Protocols that the pictures lack something for are left out, as by `evaluate_run`. With patience a
+  tenth of the training pictures is judged by the others, else the test pictures are by all.
 
   Raises:
     ValueError: the options contradict each other.
@@ -45,7 +49,10 @@ def evaluate_during(experiment: Experiment, train: Source, test: Source | None) 
       f"evaluate.during.figure is {options.figure!r}, of which patience is to judge, and what is "
       f"evaluated is {', '.join(chosen)}"
     )
-  bank = Subset(train, options.num_train, seed=0) if options.num_train else train
+  bank = train
+  if options.patience:  # what ends a run is a choice, and the test pictures choose nothing
+    bank, test = held_out_parts(train, HELD_OUT)
+  bank = Subset(bank, min(options.num_train, len(bank)), seed=0) if options.num_train else bank
 
   def judge(state: TrainState, moved: Moved) -> dict[str, float]:
     evaluation = trained_evaluation(experiment, state, bank, test)
@@ -54,6 +61,13 @@ def evaluate_during(experiment: Experiment, train: Source, test: Source | None) 
     return {k: v for n, p in chosen.items() for k, v in p.run(evaluation, **config[n]).items()}
 
   return judge
+
+
+def held_out_parts(source: Source, share: float) -> tuple[Part, Part]:
+  """What judges, and what is judged: this share of each class, or of all without labels."""
+  labels = labels_of(source) if source.num_classes else np.zeros(len(source), np.int32)
+  kept, held = split_held_out(labels, share, seed=0)
+  return Part(source, kept), Part(source, held)
 
 
 class Evaluations:

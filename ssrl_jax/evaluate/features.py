@@ -285,7 +285,16 @@ def _check(rows: FeatureSet, *, split: str, num_expected: int, num_classes: int 
     )
 
 
+RAW_SIZE = 32  # pixels
+
+
 def raw_pixels(weights: Any, images: Array, train: bool, key: Any) -> tuple[Features, Any]:
-  """An encoder that does nothing: the control that any learnt feature should beat."""
+  """An encoder that does nothing: the control that any learnt feature should beat.
+
+  Larger pictures are shrunk to RAW_SIZE: those of ImageNet at 224 px would take 771 GB.
+  """
   del train, key
+  if max(images.shape[1:3]) > RAW_SIZE:
+    shape = (images.shape[0], RAW_SIZE, RAW_SIZE, images.shape[3])
+    images = jax.image.resize(images, shape, "linear", antialias=True)
   return Features(pooled=images.reshape(images.shape[0], -1), maps={}), weights

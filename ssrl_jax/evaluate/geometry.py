@@ -80,6 +80,8 @@ def run(
     jitter=jitter, greyscale=greyscale, mean=tuple(evaluation.mean), std=tuple(evaluation.std),
   )  # fmt: skip
   views_NVD = view_vectors(evaluation, spec, kind, limit=num_lidar, seed=seed)
+  if alpha_from < 1:
+    raise ValueError(f"geometry: alpha_from is {alpha_from}; eigenvalues are counted from 1")
   eigenvalue_D = covariance_spectrum(x_ND)
   alpha, r2 = alpha_req(eigenvalue_D, first=alpha_from, last=alpha_to)
   figures = {

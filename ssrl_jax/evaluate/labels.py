@@ -151,10 +151,10 @@ def symmetric_noise(label_N: np.ndarray, num_classes: int, *, rate: float, seed:
   """
   if not 0 <= rate < 1:
     raise ValueError(f"label_noise is {rate}; expected 0 or more and below 1, e.g. 0.4")
-  if num_classes < 2:
+  if rate and num_classes < 2:
     raise ValueError(f"label noise needs another class, and num_classes is {num_classes}")
   np_rng = np.random.default_rng(seed)
   rows = np_rng.permutation(len(label_N))[: round(rate * len(label_N))]
   noisy_N = np.array(label_N)
-  noisy_N[rows] = (noisy_N[rows] + np_rng.integers(1, num_classes, len(rows))) % num_classes
+  noisy_N[rows] = (noisy_N[rows] + np_rng.integers(1, max(num_classes, 2), len(rows))) % num_classes
   return noisy_N

@@ -138,13 +138,14 @@ def _baseline(
   evaluation: Evaluation, baseline: str, table: str, num_test: int
 ) -> tuple[str, dict[str, float]] | None:
   """The name and the mean errors, percent, of what mCE divides by."""
-  comparable = "imagenet_c" in table and evaluation.size == 224 and evaluation.num_classes == 1000
+  published = table == "published imagenet_c"  # made here they differ: frost, JPEG
+  comparable = published and evaluation.size == 224 and evaluation.num_classes == 1000
   if baseline == "alexnet" or (not baseline and comparable):
     if not comparable:
       raise ValueError(
-        f"AlexNet's errors are those of ImageNet-C at 224 pixels and 1,000 classes, not of {table} "
-        f"at {evaluation.size} and {evaluation.num_classes}; give robustness.baseline the "
-        "robustness.json of another run"
+        "AlexNet's errors are those of the published ImageNet-C at 224 pixels and 1,000 classes, "
+        f"not of {table} at {evaluation.size} and {evaluation.num_classes}; give "
+        "robustness.baseline the robustness.json of another run"
       )
     return "alexnet", {n: 100 * error for n, error in ALEXNET_ERROR.items()}
   if not baseline:
@@ -177,6 +178,8 @@ def _judge(
     return lambda features_ND: probe.logits(features_ND).argmax(1)
   if judge != "knn":
     raise ValueError(f"robustness: judge is {judge!r}; expected 'linear' or 'knn'")
+  if k < 1 or temperature <= 0:
+    raise ValueError(f"robustness: k is {k} and temperature {temperature}; both must be positive")
   bank, _ = evaluation.labelled("train")
 
   def vote(features_ND):

@@ -22,6 +22,8 @@ PRIOR = 0.01  # probability of an object at the start (focal loss, Lin et al. 20
 
 def pyramid_strides(map_strides: list[int], *, stride: int, levels: int) -> tuple[int, ...]:
   """Strides of the levels: doubling, from the encoder's first that is at least `stride`."""
+  if levels < 1 or stride < 1:
+    raise ValueError(f"levels is {levels} and stride {stride}; both must be at least 1")
   first = min((s for s in map_strides if s >= stride), default=0)
   if not first:
     first = max(map_strides)
