@@ -108,7 +108,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise FileNotFoundError(f"{folder} is no run's folder: it has no config.json")
   with contextlib.suppress(ValueError):
     config = json.loads(path.read_text())
-    if isinstance(config, dict) and "name" in config.get("method", ()):
+    method = config.get("method") if isinstance(config, dict) else None
+    if isinstance(method, dict) and "name" in method:
       return config
   raise ValueError(f"{path} is no run's config; choose another --workdir")
 

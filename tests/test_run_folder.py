@@ -1,6 +1,11 @@
 import json
+import subprocess
+import sys
 
-from ssrl_jax.run_folder import merge_evaluation
+import pytest
+
+from ssrl_jax.run_folder import merge_evaluation, read_config
+from tests.commands import ROOT
 
 OPTIONS = {"evaluate": {"knn": {"k": 5}, "linear": {"epochs": 2}}, "data": {"source": "a"}}
 
@@ -54,3 +59,39 @@ def test_figures_of_another_state_or_of_other_pictures_are_dropped(tmp_path):
     path.unlink(missing_ok=True)
     merge(path, {"trained": {"knn/accuracy": 1.0}})
     assert merge(path, new, **change)["results"] == new
+
+
+def test_how_pictures_are_read_drops_nothing(tmp_path):
+  path = tmp_path / "evaluation.json"
+  merge(path, {"trained": {"knn/accuracy": 1.0}})
+  threads = OPTIONS | {"data": {"source": "a", "threads": 4}}
+  record = merge(path, {"trained": {"linear/accuracy": 3.0}}, options=threads)
+  assert record["results"]["trained"] == {"knn/accuracy": 1.0, "linear/accuracy": 3.0}
+
+
+def test_a_protocol_s_figures_are_replaced_whole(tmp_path):
+  """Its run against another encoder gave one more."""
+  path = tmp_path / "evaluation.json"
+  merge(path, {"trained": {"knn/accuracy": 1.0, "knn/cka": 2.0}})
+  record = merge(path, {"trained": {"knn/accuracy": 3.0}})
+  assert record["results"]["trained"] == {"knn/accuracy": 3.0}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "vit"}', '{"method": 3}'])
+def test_config_of_something_else_is_refused(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"config.json is no run's config; choose another --workdir"):
+    read_config(tmp_path)
+
+
+def test_two_processes_may_write_one_file(tmp_path):
+  path = tmp_path / "table.json"
+  code = (
+    "import pathlib, sys\nfrom ssrl_jax.files import write_json\n"
+    "for i in range(500): write_json(pathlib.Path(sys.argv[1]), list(range(i)))"
+  )
+  command = [sys.executable, "-c", code, str(path)]
+  both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+  assert [process.communicate()[1] for process in both] == [b"", b""]
+  assert json.loads(path.read_text()) == list(range(499))
+  assert list(tmp_path.iterdir()) == [path]

@@ -14,6 +14,7 @@ from ssrl_jax.config import load_file
 from ssrl_jax.run_folder import alone_in
 from ssrl_jax.table import (
   BUDGETS,
+  DATA,
   Column,
   Judge,
   Row,
@@ -440,3 +441,31 @@ def test_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp
   assert tables.make(TABLE, [tmp_path], run_command=stand_in, say=say) == []
   assert kinds(stand_in).count("main") == 4
   assert "waiting for the process" in lines[0]
+
+
+def test_pictures_that_have_moved_are_those_that_train_and_judge(tmp_path):
+  training = Training(SMOKE, {"data.source": f"folder:{DATA}/set"})
+  judges = {
+    "frozen": Judge("linear"),
+    "others": Judge("linear", {"data.source": f"folder:{DATA}/others"}),
+  }
+  columns = tuple(Column(k, k, "linear/accuracy") for k in judges)
+  rows = (Row("simclr", training),)
+  table = TABLE._replace(
+    rows=rows, columns=columns, judges=judges, subject="simclr", baselines=()
+  )  # fmt: skip
+  stand_in = Stand_in()
+  assert make(tmp_path, stand_in, table, data="/new") == []
+  train, frozen, others = stand_in.commands
+  assert {"--config.data.source=folder:/new/set", "--allow_config_change=True"} <= set(train)
+  assert "--data.source=folder:/new/set" in frozen
+  assert [a for a in others if "data.source" in a] == ["--data.source=folder:/new/others"]
+
+
+def test_plan_of_a_share_is_of_that_share(tmp_path, capsys):
+  told = []
+  for share in ("1/5", "2/5", "1/1"):
+    part = tables.share_of([TABLE], share)
+    tables.plan([TABLE], [tmp_path], share=part, say=print)
+    told.append(int(re.search(r"(\d+) trainings", capsys.readouterr().out)[1]))
+  assert told == [1, 1, 5]

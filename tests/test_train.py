@@ -14,6 +14,8 @@ from PIL import Image
 
 from configs import digits
 from ssrl_jax.config import view_group
+from ssrl_jax.data.sources import labels_of
+from ssrl_jax.evaluate import during
 from ssrl_jax.evaluate.during import EarlyStop, evaluate_during
 from ssrl_jax.experiment import build, open_split
 from ssrl_jax.method import Features
@@ -237,3 +239,30 @@ def test_costs_are_those_of_all_starts_of_a_run(tmp_path):
 def test_early_stopping_by_a_figure_that_is_not_measured_is_refused():
   with pytest.raises(ValueError, match=r"'knn/acc'.*give knn/accuracy, knn/k"):
     EarlyStop("knn/acc", 1, []).add({"knn/accuracy": 1.0, "knn/k": 20.0})
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_what_ends_a_run_is_not_judged_on_the_test_pictures(folder, monkeypatch, patience):
+  config = evaluating(folder, patience=patience)
+  train_source, test = open_split(config, "train"), open_split(config, "train")
+  experiment = build(config, num_examples=len(train_source), num_classes=2)
+  seen = []
+
+  def trained_evaluation(experiment, state, bank, judged):
+    seen.append((bank, judged))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(during, "trained_evaluation", trained_evaluation)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate_during(experiment, train_source, test)(None, print)
+  ((bank, judged),) = seen
+  if not patience:
+    assert judged is test
+    return
+  assert bank.whole is judged.whole is train_source
+  both = np.concatenate([bank.positions, judged.positions])
+  assert sorted(both) == list(range(len(train_source)))
+  held = labels_of(judged)
+  assert [np.sum(held == k) for k in range(2)] == [
+    -(-np.sum(train_source.labels == k) // 10) for k in range(2)
+  ]

@@ -1,13 +1,15 @@
 import itertools
 import logging
 import pickle
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ssrl_jax.data.dense import IGNORE, open_boxes, open_masks
+from ssrl_jax.data.dense import IGNORE, open_boxes, open_masks, read_mask
 from ssrl_jax.data.dense_batches import eval_batches, train_batches
 from tests.dense_sets import NAMES, draw, save, write_coco, write_masks
 
@@ -324,3 +326,21 @@ def test_real_masks_and_pictures_fit(data_dir, tmp_path):
   assert batch["extent"].tolist() == [[96, 128]] * 3
   assert (batch["mask"][:, 96:] == IGNORE).all()
   assert len(np.unique(batch["mask"][:, :96])) > 5
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_would_be_other_classes(tmp_path, bits):
+  """Pillow reads 0, 1, 2, 3 of 2 bits as 0, 85, 170, 255; a file of 1 bit is 0 and 1."""
+  rows = b"\x00" + bytes([0b01000000 if bits < 8 else 1] + [0] * (bits - 1))  # filter 0, 8 pixels
+  chunk = lambda kind, content: (  # noqa: E731
+    struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+  )
+  header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
+  parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+  path = tmp_path / "mask.png"
+  path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+  if bits in (2, 4):
+    with pytest.raises(ValueError, match=f"mask.png is of {bits}-bit grey; save it with 8 bits"):
+      read_mask(str(path))
+  else:
+    assert read_mask(str(path)).max() == 1

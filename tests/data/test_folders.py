@@ -247,3 +247,12 @@ def test_a_cache_that_cannot_be_written_is_said_and_harmless(tmp_path, monkeypat
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   assert len(names(make_set(tmp_path / "set"))) == 3
   assert "not kept" in caplog.text
+
+
+def test_splits_are_found_in_any_case(tmp_path):
+  """Else Train and Test would be two classes of one set, the test pictures among them."""
+  for split, label in (("Train", "a"), ("Train", "b"), ("TEST", "a"), ("TEST", "b")):
+    put(tmp_path / split / label / "1.png")
+  for split in ("train", "test"):
+    source = FolderSource(str(tmp_path), split=split)
+    assert (len(source), source.class_names) == (2, ("a", "b"))

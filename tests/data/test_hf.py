@@ -129,3 +129,9 @@ def test_a_row_without_bytes_is_damage_and_strange_columns_are_named(tmp_path):
   pq.write_table(pa.table({"photo": [b"x"]}), tmp_path / "train.parquet")
   with pytest.raises(ValueError, match=r"needs one picture .* among \['photo'\]"):
     open_source(f"hf:{tmp_path}", split="train")
+
+
+def test_without_pyarrow_it_says_how_to_get_it(tmp_path, monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"needs pyarrow: pip install -e '.\[hf\]'"):
+    open_source(f"hf:{tmp_path}", split="train")

@@ -185,3 +185,14 @@ def test_the_index_is_kept_and_made_anew_for_a_changed_archive(archives, tmp_pat
   pack(archives / "some-train-0000.tar", [("0.png", picture(99))])
   assert levels(open_source(f"tar:{archives}", split="train"))[:2] == [99, 50]
   assert indexed[3:] == ["some-train-0000.tar"]
+
+
+@pytest.mark.parametrize(
+  ("label", "message"),
+  [("-5", "a label is -5; expected 0 and more, or -1"), ("2000000", "a label is 2,000,000, of 2")],
+)
+def test_numbers_that_are_no_classes_are_refused(label, message, tmp_path):
+  members = [("1.cls", "0"), ("1.png", picture(1)), ("2.cls", label), ("2.png", picture(2))]
+  pack(tmp_path / "a.tar", members)
+  with pytest.raises(ValueError, match=message):
+    open_source(f"tar:{tmp_path}", split="train")

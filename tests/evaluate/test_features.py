@@ -226,3 +226,13 @@ def test_features_on_two_processes_are_those_of_one(tmp_path, free_port):
       np.testing.assert_allclose(found["arr_0"], alone.features, atol=1e-2)
       np.testing.assert_array_equal(found["arr_1"], alone.labels)
       np.testing.assert_array_equal(found["arr_2"], alone.ids)
+
+
+def test_raw_pixels_of_large_pictures_are_shrunk():
+  """As they are 1,281,167 pictures of 224 px would take 771 GB."""
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 96, 64, 3)), jnp.float32)
+  pooled = raw_pixels((), images, False, None)[0].pooled
+  assert pooled.shape == (2, 32 * 32 * 3)
+  np.testing.assert_allclose(pooled.mean(), images.mean(), atol=1e-2)
+  small = images[:, :32, :16]
+  np.testing.assert_array_equal(raw_pixels((), small, False, None)[0].pooled, small.reshape(2, -1))

@@ -210,3 +210,11 @@ def test_published_imagenet_c_is_read(tmp_path):
     path.unlink()
   with pytest.raises(ValueError, match="classes only in the first: \\['c'\\]"):
     check_published(tmp_path / "out", f"imagenet_c:{tmp_path}")
+
+
+def test_alexnet_s_errors_are_of_the_published_pictures_only():
+  evaluation = dataclasses.replace(make(), size=224, num_classes=1000)
+  assert robustness._baseline(evaluation, "", "imagenet_c", 0) is None
+  assert robustness._baseline(evaluation, "", "published imagenet_c", 0)[0] == "alexnet"
+  with pytest.raises(ValueError, match="those of the published ImageNet-C"):
+    robustness._baseline(evaluation, "alexnet", "imagenet_c", 0)

@@ -6,9 +6,12 @@ import pathlib
 import pytest
 
 from configs import smoke
+from ssrl_jax import main
+from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS, Protocol, suite
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, runs
 from ssrl_jax.experiment import build
+from ssrl_jax.watch import Costs
 
 
 class Pictures:
@@ -95,3 +98,29 @@ def test_each_protocol_s_figures_are_kept_before_the_next_one_runs(monkeypatch):
       experiment, None, Pictures(10), Pictures(10), evals="knn", say=print, keep=kept.append
     )
   assert kept == [{"trained": {"knn/accuracy": 5.0}}]
+
+
+def test_own_pictures_are_not_looked_for_where_no_protocol_asks_for_them():
+  config = smoke.get_config("simclr")
+  config.evaluate.detection.source = "coco:somewhere"
+  experiment = build(config, num_examples=128, num_classes=10)
+  assert open_test(experiment, NoPictures(), "detection") is None
+  chosen = suite.select("detection")
+  assert all(runs(protocol, NoPictures(), False) for protocol in chosen.values())
+
+
+def test_figures_are_written_where_a_later_protocol_of_the_run_fails(monkeypatch, tmp_path):
+  def evaluate_run(*arguments, keep, **options):
+    keep({"trained": {"knn/accuracy": 5.0}})
+    keep({"trained": {"linear/accuracy": 6.0}})
+    raise ValueError("bias: min_count")
+
+  written = []
+  monkeypatch.setattr(main, "evaluate_run", evaluate_run)
+  monkeypatch.setattr(main, "write_results", lambda *a, **k: written.append(a[3]))
+  experiment = build(smoke.get_config("simclr"), num_examples=128, num_classes=10)
+  costs = Costs(tmp_path / "costs.json", started=0.0)
+  options = {"say": print, "moved": print, "command": "", "costs": costs}
+  with pytest.raises(ValueError, match="min_count"):
+    main.judge(experiment, None, Pictures(10), None, tmp_path, **options)
+  assert written == [{"trained": {"knn/accuracy": 5.0, "linear/accuracy": 6.0}}]
