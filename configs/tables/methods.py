@@ -26,7 +26,8 @@ def get_table(budget: str) -> Table:
     text = (
       "CIFAR-10, 5,000 training images, 8 epochs, batch 128, one seed; ResNet-8 of width 16, for "
       "ibot, mae and ijepa vit_nano with patches of 4; AdamW; the learning "
-      "rate as configs/cifar10_cpu.py has it: for ResNets the better of 2e-2 and 2e-3."
+      "rate as configs/cifar10_cpu.py has it: for ResNets the better of 2e-2 and 2e-3, chosen on "
+      "the test pictures."
     )
   else:
     text = "ImageNet-1k, ResNet-50 (ViT-S or ViT-B for ibot, mae, ijepa), as configs/imagenet.py."
