@@ -28,8 +28,8 @@ def run(
   Args:
     groups: which group each test picture is in: a .npy of whole numbers, or a .csv with a column
       "group" of any words, a row for each test picture by position; -1 or an empty cell: in none.
-    min_count: classes and groups with fewer labelled test pictures are in the table but cannot be
-      the worst: the accuracy of a handful is mostly chance.
+    min_count: classes and groups with fewer labelled test pictures are in the table and in none of
+      the figures but accuracy: that of a handful is mostly chance.
     probe_epochs: of the linear probe; its other settings are the defaults of `linear.run`.
     seed: of the probe.
 
@@ -38,7 +38,8 @@ def run(
     bias/class_mean, bias/class_std, bias/worst_class, bias/class_gap: mean, standard deviation and
       minimum of the classes' accuracies, and maximum - minimum; percent.
     bias/worst_class_index: the number of that class.
-    bias/group_mean, bias/worst_group, bias/group_gap, bias/num_groups: likewise, with `groups`.
+    bias/group_mean, bias/worst_group, bias/group_gap: likewise, with `groups`.
+    bias/num_groups: all of them, with `groups`.
     bias/ungrouped: labelled test pictures in no group, with `groups`.
     The whole table is bias.csv in the evaluation's folder.
   """

@@ -23,6 +23,8 @@ from ssrl_jax.method import Array, Features
 from ssrl_jax.pixels import denormalise, normalise
 from ssrl_jax.views import eval_pixels, eval_view
 
+RAW_SIZE = 32  # pixels, of the control that does nothing
+
 Apply = Callable[[Any, Array, bool, Any], tuple[Features, Any]]  # see method.Encoder.apply
 
 
@@ -283,9 +285,6 @@ def _check(rows: FeatureSet, *, split: str, num_expected: int, num_classes: int 
       f"the {split} pictures have label {rows.labels.max()}, but there are {num_classes} classes "
       f"(0 to {num_classes - 1}); train and test must have the same classes"
     )
-
-
-RAW_SIZE = 32  # pixels
 
 
 def raw_pixels(weights: Any, images: Array, train: bool, key: Any) -> tuple[Features, Any]:

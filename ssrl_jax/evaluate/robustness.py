@@ -72,7 +72,8 @@ def run(
       PATH/CORRUPTION/SEVERITY/CLASS/*, or "cifar10_c:PATH" with PATH/CORRUPTION.npy and labels.npy.
       They are shown whole, not cropped as the clean ones.
     baseline: whose errors divide for mCE: "alexnet" (224 pixels and 1,000 classes only, and then
-      the default), or the robustness.json that this protocol wrote for another encoder.
+      the default), or the robustness.json that this protocol wrote for another encoder, judged
+      alike and on as many pictures of as many classes.
     sigmas: of a sweep of Gaussian noise on pixels in [0, 1]; the same noise, scaled.
     seed: of the chance in the corruptions and of the probe.
     probe_epochs: of the linear probe. k, temperature: of k-NN, as in `knn.run`.
@@ -91,7 +92,11 @@ def run(
   if any(sigma <= 0 for sigma in sigmas):
     raise ValueError(f"sigmas is {sigmas}; expected positive deviations such as 0.1")
   table = _table(evaluation, source)
-  divisor = _baseline(evaluation, baseline, table, num_test)  # before the minutes of work
+  ours = {
+    "table": table, "size": evaluation.size, "crop": evaluation.crop, "judge": judge,
+    "num_classes": evaluation.num_classes, "num_test": num_test,
+  }  # fmt: skip
+  divisor = _baseline(evaluation, baseline, ours)  # before the minutes of work
   predict = _judge(evaluation, judge, probe_epochs, k, temperature, seed)
   tallies = _tally(evaluation, predict, source, sigmas, num_test, seed)
   grid = {n: [tallies[n, s].accuracy for s in SEVERITIES] for n in NAMES}
@@ -109,7 +114,7 @@ def run(
     figures[f"robustness/mce_vs_{name}"] = mce(means, errors)
   if evaluation.folder and jax.process_index() == 0:
     evaluation.folder.mkdir(parents=True, exist_ok=True)
-    _write(evaluation, tallies, table, num_test, means)
+    _write(evaluation, tallies, ours, means)
   return figures
 
 
@@ -135,9 +140,10 @@ def _table(evaluation: Evaluation, source: str) -> str:
 
 
 def _baseline(
-  evaluation: Evaluation, baseline: str, table: str, num_test: int
+  evaluation: Evaluation, baseline: str, ours: dict[str, Any]
 ) -> tuple[str, dict[str, float]] | None:
-  """The name and the mean errors, percent, of what mCE divides by."""
+  """The name and the mean errors, percent, of what mCE divides by; `ours`: what must be alike."""
+  table = ours["table"]
   published = table == "published imagenet_c"  # made here they differ: frost, JPEG
   comparable = published and evaluation.size == 224 and evaluation.num_classes == 1000
   if baseline == "alexnet" or (not baseline and comparable):
@@ -153,7 +159,6 @@ def _baseline(
   path = Path(baseline).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f"robustness.baseline: no file {path}; give a robustness.json")
-  ours = {"table": table, "size": evaluation.size, "num_test": num_test}
   try:
     found = json.loads(path.read_bytes())
     name, theirs = str(found["name"]), {key: found[key] for key in ours}
@@ -303,8 +308,7 @@ class ArrayPictures:
 def _write(
   evaluation: Evaluation,
   tallies: dict[Any, Tally],
-  table: str,
-  num_test: int,
+  ours: dict[str, Any],
   means: dict[str, float],
 ) -> None:
   """robustness.csv (every condition), robustness.png, and robustness.json, a baseline's errors."""
@@ -317,13 +321,11 @@ def _write(
       writer.writerow([name, severity, f"{tally.accuracy:.4f}", tally.seen])
   baseline = {
     "name": "-".join(part for part in folder.absolute().parts[-3:] if part != "evaluation"),
-    "table": table,
-    "size": evaluation.size,
-    "num_test": num_test,
+    **ours,
     "errors": {n: 100 - mean for n, mean in means.items()},
   }
   (folder / "robustness.json").write_text(json.dumps(baseline, indent=2))
-  _draw(folder / "robustness.png", tallies, table)
+  _draw(folder / "robustness.png", tallies, ours["table"])
 
 
 def _draw(path: Path, tallies: dict[Any, Tally], table: str) -> None:

@@ -126,12 +126,15 @@ def test_baseline_of_another_run_is_named_and_must_be_alike(few, tmp_path):
   assert figures["robustness/mce_vs_first-random_init"] == pytest.approx(expected)
   with pytest.raises(ValueError, match=r"'num_test': 0.*'num_test': 9.*must be alike"):
     robustness.run(evaluation, num_test=9, **options)
+  with pytest.raises(ValueError, match=r"'judge': 'knn'.*'judge': 'linear'.*must be alike"):
+    robustness.run(evaluation, **options | {"judge": "linear"})
 
 
 def test_baseline_that_is_another_file_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   path = tmp_path / "robustness.json"
-  whole = {"name": "x", "table": "cifar10_c", "size": SIZE, "num_test": 0, "errors": {"fog": 50}}
+  alike = {"crop": 1.0, "judge": "linear", "num_classes": 3, "num_test": 0}
+  whole = {"name": "x", "table": "cifar10_c", "size": SIZE, **alike, "errors": {"fog": 50}}
   for text in ("no JSON", "[1]", '{"linear/top1": 3}', json.dumps(whole)):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{path} is not the robustness.json that") as error:
@@ -214,7 +217,8 @@ def test_published_imagenet_c_is_read(tmp_path):
 
 def test_alexnet_s_errors_are_of_the_published_pictures_only():
   evaluation = dataclasses.replace(make(), size=224, num_classes=1000)
-  assert robustness._baseline(evaluation, "", "imagenet_c", 0) is None
-  assert robustness._baseline(evaluation, "", "published imagenet_c", 0)[0] == "alexnet"
+  assert robustness._baseline(evaluation, "", {"table": "imagenet_c"}) is None
+  published = {"table": "published imagenet_c"}
+  assert robustness._baseline(evaluation, "", published)[0] == "alexnet"
   with pytest.raises(ValueError, match="those of the published ImageNet-C"):
-    robustness._baseline(evaluation, "alexnet", "imagenet_c", 0)
+    robustness._baseline(evaluation, "alexnet", {"table": "imagenet_c"})
