@@ -2,7 +2,7 @@
 
 Command   python -m ssrl_jax.main --config=configs/cifar10.py:METHOD
           (python -m ssrl_jax.data.prepare_tfds cifar10 once before; or with
-          --config.data.source=folder:PATH, class folders under PATH/train and PATH/test)
+          --config.data.source=cifar:PATH, the unpacked binary version)
 Hardware  one GPU
 Settings  solo-learn's for CIFAR and 1000 epochs (scripts/pretrain/cifar), where it has the method;
           its LARS is our larc with clip_ratio. Epochs are 200 here: --config.epochs=1000 for theirs

@@ -1,7 +1,7 @@
 """CIFAR-10 at a budget for two CPU cores: ResNet-8 of width 16, 5,000 images, 20 epochs.
 
 Command   python -m ssrl_jax.main --config=configs/cifar10_cpu.py:METHOD --config.seed=S
-            --config.data.source=folder:PATH     (class folders under PATH/train and PATH/test)
+            --config.data.source=cifar:PATH     (the unpacked binary version; or folder:PATH)
 Hardware  2 CPU cores
 Time      3 to 10 CPU minutes at 8 epochs (rotation 11, ijepa 23, ibot 29), 11 to 17 at 20
 Expected  docs/results.md

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ssrl_jax.data.arrayrecord import ArrayRecordSource
+from ssrl_jax.data.cifar import CifarSource
 from ssrl_jax.data.folders import ClipSource, FolderSource
 from ssrl_jax.data.hf import HfSource
 from ssrl_jax.data.listing import describe, find_split
@@ -61,7 +62,7 @@ def open_source(
   mixture: Sequence[str] = (),
 ) -> Source:
   """Opens `tfds:NAME`, `folder:PATH`, `clips:PATH`, `arrayrecord:PATH`, `tar:PATH`, `hf:PATH`,
-  `digit_scenes` or `mixture`.
+  `cifar:PATH`, `digit_scenes` or `mixture`.
 
   Args:
     name: which; `tfds:` takes what TFDS takes, e.g. `tfds:cifar10` or `tfds:NAME/CONFIG:VERSION`;
@@ -85,6 +86,7 @@ def open_source(
     "arrayrecord:PATH": lambda: ArrayRecordSource(rest, split=split),
     "tar:PATH": lambda: TarSource(rest, split=split),
     "hf:PATH": lambda: HfSource(rest, split=split),
+    "cifar:PATH": lambda: CifarSource(rest, split=split),
     "digit_scenes": lambda: _digit_scenes(split, size, limit, seed),
     "mixture": lambda: Mixture(
       [open_source(n, split=split, size=size, data_dir=data_dir, seed=seed) for n in mixture]

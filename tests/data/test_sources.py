@@ -236,7 +236,7 @@ def test_labels_of_are_those_of_the_examples(tmp_path):
 
 def test_unknown_source_names_the_valid_ones():
   for name in ("cifar10", "folder:", "tfds:", "digits"):
-    with pytest.raises(ValueError, match=r"'tfds:NAME', 'folder:PATH', .*'hf:PATH', 'digit_sc"):
+    with pytest.raises(ValueError, match=r"'tfds:NAME', 'folder:PATH', .*'cifar:PATH', 'digit_sc"):
       open_source(name, split="train")
 
 
