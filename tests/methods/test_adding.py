@@ -34,7 +34,7 @@ def test_method_of_the_page_trains_with_a_line_in_methods(monkeypatch):
   exec(compile(code, "docs/methods.md", "exec"), namespace)
   monkeypatch.setitem(METHODS, "toy", namespace["make"])
   c = digits.get_config("toy")
-  assert meanings("toy")["method.weight"] == "of the loss."
+  assert meanings("toy")["method.weight"] == "of the loss"
   c.update({"batch_size": 8, "epochs": 1.0})
   c.method.weight = 2.0
   experiment = build(c, num_examples=16, num_classes=10)
