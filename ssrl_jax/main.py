@@ -148,12 +148,18 @@ def judge(
     for name, figures in results.items():
       found[name] = found.get(name, {}) | figures
 
+  def write() -> None:
+    write_results(folder, experiment, state, found, command=command, costs=costs.read())
+
   try:
     evaluated = evaluate_run(
       experiment, state, source, test, evals=evals, say=say, moved=moved, keep=keep
     )
-  finally:  # what one protocol refuses costs no figure of another
-    write_results(folder, experiment, state, found, command=command, costs=costs.read())
+  except Exception:
+    if found:  # what one protocol refuses costs no figure of another
+      write()
+    raise
+  write()
   costs.keep()
   if config.evaluate.report:
     views, (_, size) = views_fed(experiment, state.key, source), watched_tensors(experiment)
