@@ -71,7 +71,7 @@ class Network(nn.Module):
   predict: bool
 
   @nn.compact
-  def __call__(self, images: Array, train: bool, places: bool = True):
+  def __call__(self, images: Array, train: bool, places: bool = True, predict: bool = True):
     features = self.encoder(images, train)
     sources = {"fused": features.pooled if features.fused is None else features.fused}
     if self.use_scales and features.scales is not None:
@@ -84,7 +84,7 @@ class Network(nn.Module):
       ],
       axis=1,
     )
-    q_NEP = MLP(name="predictor", **head)(z_NEP, train) if self.predict else z_NEP
+    q_NEP = MLP(name="predictor", **head)(z_NEP, train) if self.predict and predict else z_NEP
     places_NhwP = None
     if self.place_grid and places:
       maps = [features.maps[stride] for stride in sorted(features.maps)]
@@ -157,7 +157,9 @@ def make(
     params, stats = init_network(network, key, fold_views(views["global"]))
     state = {"batch_stats": stats}
     return params, state | (
-      {"target": make_target(params, stats, tuple(params))} if momentum else {}
+      {"target": make_target(params, stats, tuple(sorted(params.keys() - {"predictor"})))}
+      if momentum
+      else {}
     )
 
   def targets(method_state, views, z_BVEP, places_BVhwP, key):
@@ -168,7 +170,7 @@ def make(
       return t_BVEP, jnp.broadcast_to(centre_B1EP, t_BVEP.shape), places_BVhwP, {}
     old = method_state["target"]
     (_, t_BVEP, _, seen_BVhwP), stats = forward(
-      network, old["params"], old["batch_stats"], views["global"], key
+      network, old["params"], old["batch_stats"], views["global"], key, True, False
     )
     t_BVEP, seen_BVhwP = jax.lax.stop_gradient((normalise(t_BVEP), seen_BVhwP))
     return t_BVEP, mean_of_others(t_BVEP), seen_BVhwP, {"target": old | {"batch_stats": stats}}
