@@ -129,22 +129,36 @@ def make_optimizer(
       momentum=momentum,
     )
 
+  rule = by_path(update_rule, schedule, decay, peak=peak, constant_lr=constant_lr, frozen=frozen)
+  if clip_norm > 0:
+    clip = clip_by_each_norm if clip_each else optax.clip_by_global_norm
+    rule = clipped(rule, clip(clip_norm))
+  return rule, schedule
+
+
+def by_path(
+  update_rule: Callable[[Any, Any], optax.GradientTransformation],
+  schedule: Callable[[Any], Any],
+  decay: Any,
+  *,
+  peak: float,
+  constant_lr: tuple[str, ...],
+  frozen: Mapping[str, float],
+) -> optax.GradientTransformation:
+  """update_rule(rate, decay), and what is otherwise under some paths: see `make_optimizer`."""
   rule = update_rule(schedule, decay)
   labels = dict.fromkeys(constant_lr, "constant") | {
     path: "frozen" if math.isinf(steps) else f"frozen {int(steps)}"
     for path, steps in frozen.items()
     if steps > 0
   }
-  if labels:
-    rules = {"scheduled": rule, "constant": update_rule(peak, decay), "frozen": optax.set_to_zero()}
-    for steps in {int(n) for n in frozen.values() if 0 < n < math.inf}:
-      late = [later(x, steps) if callable(x) else x for x in (schedule, decay)]
-      rules[f"frozen {steps}"] = starting_at(update_rule(*late), steps)
-    rule = optax.multi_transform(rules, lambda params: label_paths(params, labels))
-  if clip_norm > 0:
-    clip = clip_by_each_norm if clip_each else optax.clip_by_global_norm
-    rule = clipped(rule, clip(clip_norm))
-  return rule, schedule
+  if not labels:
+    return rule
+  rules = {"scheduled": rule, "constant": update_rule(peak, decay), "frozen": optax.set_to_zero()}
+  for steps in {int(n) for n in frozen.values() if 0 < n < math.inf}:
+    late = [later(x, steps) if callable(x) else x for x in (schedule, decay)]
+    rules[f"frozen {steps}"] = starting_at(update_rule(*late), steps)
+  return optax.multi_transform(rules, lambda params: label_paths(params, labels))
 
 
 def clipped(
