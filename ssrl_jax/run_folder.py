@@ -106,10 +106,9 @@ def read_config(folder: Path) -> dict[str, Any]:
   path = folder / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{folder} is no run's folder: it has no config.json")
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(ValueError, KeyError, TypeError):
     config = json.loads(path.read_text())
-    method = config.get("method") if isinstance(config, dict) else None
-    if isinstance(method, dict) and "name" in method:
+    if isinstance(config["method"]["name"], str):
       return config
   raise ValueError(f"{path} is no run's config; choose another --workdir")
 
