@@ -21,7 +21,7 @@ from ssrl_jax import parallel
 from ssrl_jax.collectives import collectives, summary
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
 from ssrl_jax.methods import METHODS
-from ssrl_jax.step import compile_step, make_train_step
+from ssrl_jax.step import compile_step, make_train_step, never_trained
 
 # What a loss needs of the whole batch, as floats of (B images, V global views, M = config.method, E
 # embeddings of a view): gathered or scattered once, and summed. What is not here needs nothing.
@@ -55,7 +55,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   """Bytes that a device must send in a step, by purpose.
 
   gradients: each summed once; of an array that is cut, scattered, the array itself gathered once.
-  state: what is cut of targets and queues, gathered once.
+  state: what is cut of targets, queues and what is never trained, gathered once.
   moments: of each BatchNorm and pass, two forwards and, where there is a gradient, two backwards.
   loss: see MOVED and SUMMED. health: a covariance, and the cosines of up to 512 embeddings.
   scalars: figures of the step, and a sum of squares of every tensor watched.
@@ -70,8 +70,14 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
       return 2 * around(n) * size
     return 2 * around(fsdp) * size + 2 * around(n // fsdp) * size / fsdp
 
-  held = [x for x in jax.tree.leaves(state.method_state) if not x.sharding.is_fully_replicated]
-  trained = (state.params, state.probe.params if state.probe else ())
+  never = jax.tree.leaves(never_trained(experiment.method, state.params))
+  params = jax.tree.leaves(state.params)
+  still = [x for x, kept in zip(params, never, strict=True) if kept]
+  held = [
+    x for x in (*jax.tree.leaves(state.method_state), *still) if not x.sharding.is_fully_replicated
+  ]
+  trained = [x for x, kept in zip(params, never, strict=True) if not kept]
+  trained += jax.tree.leaves(state.probe.params if state.probe else ())
   stats = lambda tree: sum(4 * x.size for x in jax.tree.leaves(tree))  # noqa: E731
   online = stats(state.method_state["batch_stats"])
   target = stats(state.method_state.get("target", {}).get("batch_stats", {}))
@@ -85,7 +91,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   moved = MOVED.get(name, lambda *_: 0)(b, v, options, e)
   summed = SUMMED.get(name, lambda *_: 0)(b, v, options, e)
   return {
-    "gradients": sum(gradient(x) for x in jax.tree.leaves(trained)),
+    "gradients": sum(gradient(x) for x in trained),
     "state": sum(around(fsdp) * 4 * x.size for x in held),
     "moments": 2 * around(n) * (2 * passes * online + target),
     "loss": 4 * around(n) * (moved + 2 * summed),

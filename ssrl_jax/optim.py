@@ -158,7 +158,7 @@ def by_path(
   for steps in {int(n) for n in frozen.values() if 0 < n < math.inf}:
     late = [later(x, steps) if callable(x) else x for x in (schedule, decay)]
     rules[f"frozen {steps}"] = starting_at(update_rule(*late), steps)
-  return optax.multi_transform(rules, lambda params: label_paths(params, labels))
+  return optax.multi_transform(rules, lambda params: under_paths(params, labels, "scheduled"))
 
 
 def clipped(
@@ -243,15 +243,15 @@ def cosine(start: float, end: float, total_steps: int) -> Callable[[Any], Any]:
   return lambda step: end + (start - end) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
 
 
-def label_paths(params: Any, labels: Mapping[str, str]) -> Any:
-  """The label of the path that an array lies under, "scheduled" for the rest."""
+def under_paths(params: Any, marks: Mapping[str, Any], otherwise: Any) -> Any:
+  """Like `params`: of each array the mark of the path that it lies under."""
 
-  def label(path, _):
+  def mark(path, _):
     name = jax.tree_util.keystr(path, simple=True, separator="/") + "/"
-    under = (label for path, label in labels.items() if name.startswith(f"{path}/"))
-    return next(under, "scheduled")
+    under = (value for path, value in marks.items() if name.startswith(f"{path}/"))
+    return next(under, otherwise)
 
-  return jax.tree_util.tree_map_with_path(label, params)
+  return jax.tree_util.tree_map_with_path(mark, params)
 
 
 def describe_groups(params: Any) -> str:

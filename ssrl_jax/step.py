@@ -15,8 +15,9 @@ from ssrl_jax.data import resident
 from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, plain_method
 from ssrl_jax.flops import count_flops
 from ssrl_jax.guard import SPIKE, judge, unless
-from ssrl_jax.method import Array
+from ssrl_jax.method import NEVER, Array, Method, Params
 from ssrl_jax.metrics import first_non_finite, global_norm, health
+from ssrl_jax.optim import under_paths
 from ssrl_jax.probe import update_probe
 from ssrl_jax.state import TrainState, named_leaves
 from ssrl_jax.views import abstract_views as views_shapes
@@ -45,6 +46,22 @@ def loss_views(experiment: Experiment, key: Array, batch: Batch, step: Array) ->
   return views | {"label": batch["label"]}
 
 
+def never_trained(method: Method, params: Params) -> Params:
+  """Like `params`: whether an array is one that `Method.frozen` keeps for ever."""
+  paths = [path for path, steps in method.frozen.items() if steps == NEVER]
+  return under_paths(params, dict.fromkeys(paths, True), False)
+
+
+def trained_loss(method: Method) -> Callable:
+  """`method.loss` without gradients of what is never trained: none is computed, sent or clipped."""
+
+  def loss(params, *inputs):
+    stop = lambda p, never: jax.lax.stop_gradient(p) if never else p  # noqa: E731
+    return method.loss(jax.tree.map(stop, params, never_trained(method, params)), *inputs)
+
+  return loss
+
+
 def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple]:
   """step(state, batch) -> state, metrics, watched.
 
@@ -59,7 +76,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     view_key, loss_key = step_keys(state.key, state.step)
     views = loss_views(experiment, view_key, batch, state.step)
     whole = parallel.gathered((state.params, state.method_state), mesh)
-    (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
+    (loss, aux), grads = jax.value_and_grad(trained_loss(method), has_aux=True)(
       *whole, views, loss_key, state.step
     )
     grads, method_state = parallel.cut((grads, aux.method_state), mesh, min_size=min_size)
@@ -178,7 +195,7 @@ def watched_tensors(experiment: Experiment) -> tuple[list[str], int]:
 
 def flops_per_step(experiment: Experiment) -> float:
   """Model FLOPs of one step's loss and gradients over the global batch; see ssrl_jax/flops.py."""
-  loss = plain_method(experiment).loss
+  loss = trained_loss(plain_method(experiment))
   state, gradient = abstract_state(experiment), jax.grad(loss, has_aux=True)
   views = abstract_views(experiment)
   return count_flops(gradient, state.params, state.method_state, views, state.key, state.step)

@@ -9,13 +9,14 @@ import pytest
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import named_leaves, state_digest
-from ssrl_jax.step import make_train_step
+from ssrl_jax.step import make_train_step, trained_loss
 from tests.methods.common import (
   BATCH,
   READS_LABELS,
   VIT,
   make_experiment,
   make_state,
+  make_views,
 )
 
 # Crop and flip only: the views have tests of their own, and their colours compile slowly.
@@ -105,3 +106,18 @@ def test_moco_v3_leaves_the_patch_projection_as_it_is(method, changes):
   moved = dict(named_leaves(jax.tree.map(lambda a, b: np.any(a != b), params, after)))
   still = {name for name, has in moved.items() if not has}
   assert still == {name for name in moved if "/patches/" in name} != set()
+
+
+def test_no_gradient_of_what_is_never_trained():
+  """So it counts in no norm, and is not sent between devices (tests/test_collectives.py)."""
+  experiment = make_experiment("moco_v3", VIT)
+  state, views = make_state(experiment), make_views(experiment)
+  inputs = state.params, state.method_state, views, state.key, state.step
+  whole, kept = (
+    dict(named_leaves(jax.jit(jax.grad(loss, has_aux=True))(*inputs)[0]))
+    for loss in (experiment.method.loss, trained_loss(experiment.method))
+  )
+  stopped = {name for name in whole if np.any(whole[name]) and not np.any(kept[name])}
+  assert stopped == {name for name in whole if "/patches/" in name} != set()
+  for name in whole.keys() - stopped:
+    np.testing.assert_array_equal(kept[name], whole[name], err_msg=name)
