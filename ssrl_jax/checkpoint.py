@@ -353,8 +353,8 @@ class Checkpoints:
       more = f" and {len(told) - 3} more" if len(told) > 3 else ""
       raise OtherState(
         f"the checkpoint of step {step} in {self.folder} is of another state than this config "
-        f"makes: {'; '.join(told[:3])}{more}. It was left as it is: undo the change of the "
-        "config (with --allow_config_change), or start with another --workdir"
+        f"makes: {'; '.join(told[:3])}{more}. All is left as it is: undo the change of the "
+        "config, or start with another --workdir"
       )
 
   def _set_aside(self, step: int) -> None:

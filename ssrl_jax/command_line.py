@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 STDOUT = 1  # file descriptor
+INTERRUPTED = 130  # what a shell says of a process that Ctrl-C ended
 
 
 def print_line(line: str) -> None:
@@ -72,9 +73,17 @@ def check_no_more(rest: Sequence[str]) -> None:
 
 
 def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[], bool]) -> int:
-  """Runs `program`; what a user can put right becomes one line on stderr and status 1."""
+  """Runs `program`; what a user can put right becomes one line on stderr and status 1.
+
+  So does Ctrl-C, with status INTERRUPTED.
+  """
   try:
     return program()
+  except KeyboardInterrupt:
+    if show_traceback():
+      traceback.print_exc()
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
   except ModuleNotFoundError as error:
     if error.name != "configs":
       raise

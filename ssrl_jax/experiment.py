@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,30 @@ def build(
   return Experiment(
     config, mesh, method, optimizer, schedule, num_classes, steps_per_epoch, total_steps
   )
+
+
+def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
+  """Refuses a key that was given for this run and that nothing of it reads.
+
+  Raises:
+    ValueError: names the key, and what keeps it from having an effect.
+  """
+  family = "resnet" if config.encoder.name.startswith("resnet") else "vit"
+  for key in given:
+    *groups, name = key.split(".")
+    why = None
+    if key == "epochs" and config.steps:
+      why = f"steps is {config.steps}, which decides; set steps=0"
+    elif groups in (["encoder", "resnet"], ["encoder", "vit"]) and groups[1] != family:
+      why = f"encoder.name is {config.encoder.name}"
+    elif groups in (["encoder", "fusion"], ["encoder", "attention"]) and name != "enabled":
+      why = None if config.encoder[groups[1]].enabled else f"encoder.{groups[1]}.enabled is False"
+    elif groups == ["optim"] and config.optim.name not in optim.OPTIONS_OF.get(
+      name, optim.OPTIMIZERS
+    ):
+      why = f"optim.name is {config.optim.name}"
+    if why:
+      raise ValueError(f"{key} would have no effect: {why}")
 
 
 def make_method(config: ConfigDict, run: Run) -> Method:

@@ -32,12 +32,19 @@ from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.during import evaluate_during
 from ssrl_jax.evaluate.suite import Results, evaluate_run, open_test, results_table
-from ssrl_jax.experiment import Experiment, abstract_state, build, open_split, training_sampling
+from ssrl_jax.experiment import (
+  Experiment,
+  abstract_state,
+  build,
+  check_effects,
+  open_split,
+  training_sampling,
+)
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
 from ssrl_jax.report import Figures, gather, write_report
-from ssrl_jax.run_folder import Facts, alone_in, open_run_folder, write_results
+from ssrl_jax.run_folder import Facts, alone_in, check_run_folder, write_results, write_run
 from ssrl_jax.state import TrainState
 from ssrl_jax.step import num_parameters, watched_tensors
 from ssrl_jax.train import train, views_fed
@@ -77,6 +84,11 @@ def run(argv: list[str]) -> int:
   if DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
+  if own := [a for a in argv if a.startswith("--config.method.name")]:
+    raise ValueError(
+      f"{own[0]}: a recipe is made for its method; choose it by --config=FILE:METHOD"
+    )
+  check_effects(config, given_keys(argv))
   print_line(processes.start(
     given.coordinator, given.num_processes, given.process_id, minutes=config.watchdog.start_minutes
   ))  # fmt: skip
@@ -98,7 +110,7 @@ def run(argv: list[str]) -> int:
   with contextlib.ExitStack() as held:
     processes.first_does(lambda: held.enter_context(alone_in(folder)))
     processes.first_does(
-      lambda: open_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
+      lambda: check_run_folder(folder, config, facts, allow_change=ALLOW_CHANGE.value)
     )
     say(f"{config.method.name} with {config.encoder.name} on {source!r}")
     say(f"{num_parameters(params):,} parameters; {experiment.mesh.size} device(s) "
@@ -110,7 +122,14 @@ def run(argv: list[str]) -> int:
       stacks, first_minutes=limits.first_minutes, minutes=limits.minutes
     ) as moved:
       state, finished = train(
-        experiment, source, folder, say=say, moved=moved, evaluate=evaluate, keep_costs=costs.keep
+        experiment,
+        source,
+        folder,
+        say=say,
+        moved=moved,
+        begin=lambda: processes.first_does(lambda: write_run(folder, config, facts)),
+        evaluate=evaluate,
+        keep_costs=costs.keep,
       )
     if not finished:
       say(f"stopped at step {int(state.step)}; the same command goes on from there")
@@ -155,8 +174,8 @@ def judge(
     evaluated = evaluate_run(
       experiment, state, source, test, evals=evals, say=say, moved=moved, keep=keep
     )
-  except Exception:
-    if found:  # what one protocol refuses costs no figure of another
+  except BaseException:
+    if found:  # what stops one protocol costs no figure of another
       write()
     raise
   write()
@@ -169,6 +188,7 @@ def judge(
       figures = Figures(views=views, embedding_size=size)
     say(f"report: {write_report(folder, figures=figures)}")
   say(results_table(evaluated.results))
+  evaluated.check()
 
 
 def recipe_alone(argv: list[str]) -> dict[str, Any]:
@@ -181,11 +201,15 @@ def recipe_alone(argv: list[str]) -> dict[str, Any]:
   return {} if recipe.value is None else flatten(recipe.value)
 
 
+def given_keys(argv: list[str]) -> list[str]:
+  """The KEYs of the arguments --config.KEY."""
+  return [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
+
+
 def unknown_key(argv: list[str]) -> str | None:
   """The message for the first --config.KEY of the command line that the recipe does not have."""
   known = recipe_alone(argv)
-  given = [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
-  for key in given:
+  for key in given_keys(argv):
     group = key.rpartition(".")[0]
     if key not in known and not any(k.startswith(f"{key}.") for k in known):
       beside = [k for k in known if k.rpartition(".")[0] == group] or list(known)

@@ -72,9 +72,8 @@ class Aux(NamedTuple):
 
   method_state: MethodState
   metrics: dict[str, Array]  # scalars, averaged over the global batch
-  features: (
-    Array  # [B, D] pooled features of one training view per image, no gradient: online probe
-  )
+  # [B, D] pooled features of one training view per image, no gradient: online probe
+  features: Array
   embeddings: Array  # [B, P] the vectors that the loss compares, no gradient: health figures
   targets: Array | None = None  # [B, P] what `embeddings` should meet, where there is such a thing
 

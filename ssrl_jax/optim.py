@@ -14,6 +14,13 @@ import optax
 from ssrl_jax.state import named_leaves
 
 OPTIMIZERS = ("adamw", "larc", "lars", "sgd")
+OPTIONS_OF = {  # options that not all have, and who has them
+  "momentum": ("larc", "lars", "sgd"),
+  "b1": ("adamw",),
+  "b2": ("adamw",),
+  "trust_coefficient": ("larc", "lars"),
+  "clip_ratio": ("larc",),
+}
 
 
 def warmup_cosine(

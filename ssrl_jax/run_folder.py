@@ -30,6 +30,9 @@ class Facts(NamedTuple):
   num_examples: int
   num_classes: int | None
 
+  def __str__(self) -> str:
+    return f"{self.num_examples} training pictures of {self.num_classes or 'no'} classes"
+
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
@@ -69,30 +72,38 @@ def wait_until_free(folder: Path, say: Callable[[str], None]) -> None:
       fcntl.flock(file, fcntl.LOCK_SH)
 
 
-def open_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
-  """Makes the folder, writes config.json and data.json; refuses one that holds another run.
-
-  For one process of a run.
+def check_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
+  """Refuses a folder that holds another run.
 
   Raises:
-    ValueError: the folder's config differs in keys that change the computation.
+    ValueError: the folder's config differs in keys that change the computation, or its pictures are
+      not as many, or of as many classes, as they were.
   """
-  path = folder / "config.json"
-  if path.exists():
-    old = read_config(folder)
-    if old["method"]["name"] != config.method.name:
-      raise ValueError(
-        f"{folder} holds a run of method {old['method']['name']!r}, not {config.method.name!r}; "
-        "choose another --workdir"
-      )
-    changed = changed_keys(load_config(folder), config)
-    if changed and not allow_change:
-      raise ValueError(
-        f"{folder} holds a run with another config: {'; '.join(changed)}. Choose another "
-        "--workdir, or pass --allow_config_change to go on with the new one"
-      )
+  if not (folder / "config.json").exists():
+    return
+  old = read_config(folder)
+  if old["method"]["name"] != config.method.name:
+    raise ValueError(
+      f"{folder} holds a run of method {old['method']['name']!r}, not {config.method.name!r}; "
+      "choose another --workdir"
+    )
+  fix = "Choose another --workdir, or pass --allow_config_change to go on with the new one"
+  if allow_change:
+    return
+  if changed := changed_keys(load_config(folder), config):
+    raise ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}. {fix}")
+  before = read_facts(folder) or facts
+  if before != facts:
+    raise ValueError(
+      f"{folder} holds a run on {before}, and now {config.data.source} has {facts}: their order "
+      f"and the schedules would be others. {fix}"
+    )
+
+
+def write_run(folder: Path, config: ConfigDict, facts: Facts) -> None:
+  """config.json and data.json, which say what the checkpoints beside them are of."""
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(path, config.to_dict())
+  write_json(folder / "config.json", config.to_dict())
   write_json(folder / "data.json", facts._asdict())
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ssrl_jax.config import change, flatten, load_file
 from ssrl_jax.evaluate.suite import TITLES, select
+from ssrl_jax.experiment import check_effects
 from ssrl_jax.options import nearest
 
 DATA = "{data}"  # in a value of a table: the folder of the data sets, wherever that is
@@ -25,9 +26,8 @@ class Training(NamedTuple):
   """What is trained: a recipe and what a table changes in it."""
 
   recipe: str  # configs/FILE.py:METHOD
-  overrides: Mapping[
-    str, Any
-  ] = {}  # {path in the config: value}; DATA in a value stands for --data
+  # {path in the config: value}; DATA in a value stands for --data
+  overrides: Mapping[str, Any] = {}
 
   @property
   def name(self) -> str:
@@ -130,6 +130,7 @@ def resolve(training: Training) -> ConfigDict:
   path, _, method = training.recipe.partition(":")
   config = load_file(path).get_config(*filter(None, [method]))
   change(config, dict(training.overrides))
+  check_effects(config, training.overrides)
   return config
 
 

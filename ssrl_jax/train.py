@@ -90,6 +90,7 @@ def train(
   *,
   say: Callable[[str], None],
   moved: Moved = lambda within=0: None,
+  begin: Callable[[], None] = lambda: None,
   evaluate: Evaluate | None = None,
   keep_costs: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, bool]:
@@ -97,6 +98,7 @@ def train(
 
   Args:
     moved: is called when a step was finished.
+    begin: is called when it is known that what is in `workdir` is of this experiment.
     evaluate: of evaluate.during; None: nothing is evaluated meanwhile.
     keep_costs: is called when a line of metrics was written.
 
@@ -110,6 +112,7 @@ def train(
   checkpoints = Checkpoints(workdir, moved=moved, **options)
   state = checkpoints.restore(abstract_state(experiment))
   say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
+  begin()
   state = with_guard(experiment, state) if state else create_state(experiment)
   step = int(state.step)
   known = [r for r in read_metrics(workdir) if r["step"] <= step]

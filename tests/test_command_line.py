@@ -48,6 +48,14 @@ def test_traceback_is_shown_where_it_is_asked_for(capsys):
   assert "Traceback" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_one_line_and_no_error_of_the_program(capsys):
+  def program(values):
+    raise KeyboardInterrupt
+
+  assert command("--out=x", program=program) == 130
+  assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_reader_of_the_output_that_goes_away_is_no_error():
   code = "import sys; from tests.test_command_line import command; sys.exit(command('--help'))"
   arguments = [sys.executable, "-c", code]

@@ -7,11 +7,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from ssrl_jax.config import base_config, changed_keys, flatten, view_group
-from ssrl_jax.experiment import abstract_state, build, view_specs
+from ssrl_jax.experiment import abstract_state, build, check_effects, view_specs
 from ssrl_jax.method import ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.options import keyword_defaults
-from ssrl_jax.run_folder import Facts, load_config, open_run_folder
+from ssrl_jax.run_folder import Facts, check_run_folder, load_config, read_facts, write_run
 
 RECIPES = sorted(
   p.stem
@@ -124,11 +124,52 @@ def test_view_specs_are_those_with_a_count_and_carry_the_data_s_statistics():
 def test_config_survives_json(name, tmp_path):
   config = recipe(name, "fusion")
   assert changed_keys(json.loads(json.dumps(config.to_dict())), config) == []
-  open_run_folder(tmp_path, config, Facts(9, 3), allow_change=False)
+  write_run(tmp_path, config, Facts(9, 3))
   loaded = load_config(tmp_path)
   assert flatten(loaded) == flatten(config)
   assert view_specs(loaded) == view_specs(config)  # tuples again, not JSON's lists
-  open_run_folder(tmp_path, loaded, Facts(9, 3), allow_change=False)  # the same run
+  check_run_folder(tmp_path, loaded, Facts(9, 3), allow_change=False)  # the same run
+
+
+def test_folder_of_other_pictures_is_refused(tmp_path):
+  config = base_config("simclr")
+  check_run_folder(tmp_path, config, Facts(40, 2), allow_change=False)  # nothing there
+  write_run(tmp_path, config, Facts(40, 2))
+  for other in (Facts(47, 2), Facts(40, 3), Facts(40, None)):
+    with pytest.raises(ValueError, match=r"on 40 training pictures of 2 classes, and now .* has"):
+      check_run_folder(tmp_path, config, other, allow_change=False)
+    check_run_folder(tmp_path, config, other, allow_change=True)
+  assert read_facts(tmp_path) == Facts(40, 2)  # until the checkpoint is known to fit
+
+
+@pytest.mark.parametrize(
+  ("given", "changes", "why"),
+  [
+    ("epochs", {"steps": 8}, "steps is 8"),
+    ("encoder.vit.patch", {}, "encoder.name is resnet50"),
+    ("encoder.resnet.width", {"encoder.name": "vit_s"}, "encoder.name is vit_s"),
+    ("encoder.fusion.width", {}, "encoder.fusion.enabled is False"),
+    ("encoder.attention.width", {}, "encoder.attention.enabled is False"),
+    ("optim.momentum", {"optim.name": "adamw"}, "optim.name is adamw"),
+    ("optim.b1", {"optim.name": "lars"}, "optim.name is lars"),
+    ("optim.clip_ratio", {"optim.name": "lars"}, "optim.name is lars"),
+  ],
+)
+def test_key_that_would_have_no_effect_is_refused(given, changes, why):
+  config = base_config("simclr")
+  config.encoder.name = "resnet50"
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=f"{given} would have no effect: {why}"):
+    check_effects(config, ["seed", given])
+
+
+def test_keys_that_have_an_effect_are_not_refused():
+  config = base_config("fusion")
+  config.encoder.name, config.optim.name = "resnet50", "larc"
+  config.encoder.fusion.enabled = True
+  keys = ["epochs", "encoder.name", "encoder.resnet.width", "encoder.fusion.width"]
+  keys += ["encoder.attention.enabled", "optim.clip_ratio", "optim.momentum", "optim.weight_decay"]
+  check_effects(config, keys)
 
 
 @pytest.mark.parametrize(

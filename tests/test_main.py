@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -258,7 +259,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE + ":moco_v2", "--config.method.queue_size=40"], "multiple of batch_size 16"),
     ([SMOKE, "--config.batch_size=many"], "many"),
     ([SMOKE + ":simclear"], "did you mean 'simclr'"),
-    ([SMOKE, "--config.method.name=byl"], "unknown method"),
+    ([SMOKE, "--config.method.name=byol"], "choose it by --config=FILE:METHOD"),
+    ([SMOKE, "--config.epochs=1"], "epochs would have no effect: steps is 8"),
     ([SMOKE, "--config.encoder.name=resnet19"], "resnet18"),
     ([SMOKE, "--config.data.source=digit_scene"], "digit_scenes"),
     ([SMOKE, "--config.data.source=folder:/nowhere/at/all"], "/nowhere/at/all"),
@@ -340,6 +342,16 @@ def test_changed_config_is_refused_with_its_keys(finished):
   line = fails_with_one_line(SMOKE, f"--workdir={folder}", "--config.optim.learning_rate=0.5")
   assert "optim.learning_rate: 0.004 -> 0.5" in line
   assert "--allow_config_change" in line
+
+
+def test_change_that_the_checkpoint_does_not_fit_leaves_the_folder_as_it_was(finished, tmp_path):
+  folder = shutil.copytree(finished[0], tmp_path / "run")
+  line = fails_with_one_line(
+    SMOKE, f"--workdir={folder}", "--config.encoder.fusion.width=24", "--allow_config_change"
+  )
+  assert "of another state than this config makes" in line
+  for name in ("config.json", "data.json"):
+    assert (folder / name).read_text() == (finished[0] / name).read_text()
 
 
 def test_workdir_of_another_method_is_refused(finished):

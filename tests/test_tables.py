@@ -28,7 +28,7 @@ from ssrl_jax.table_text import chart, latex, long_rows, markdown
 from tests.commands import ROOT
 
 SMOKE = "configs/smoke.py:simclr"
-OURS, THEIRS = Training("configs/smoke.py:fusion", {"epochs": 2.0}), Training(SMOKE)
+OURS, THEIRS = Training("configs/smoke.py:fusion", {"optim.weight_decay": 0.2}), Training(SMOKE)
 TABLE = Table(
   title="Linear",
   text="Toy.",
@@ -101,7 +101,9 @@ def test_every_training_and_judgement_is_run_once_and_never_again(tmp_path):
   assert kinds(stand_in) == ["main"] * 5 + ["evaluate"] * 5
   first, judged = stand_in.commands[0], stand_in.commands[5]
   assert "--config=configs/smoke.py:fusion" in first
-  assert {"--config.epochs=2.0", "--config.seed=0", "--config.evaluate.evals="} <= set(first)
+  assert {"--config.optim.weight_decay=0.2", "--config.seed=0", "--config.evaluate.evals="} <= set(
+    first
+  )
   assert {"--evals=linear", "--encoders=trained,raw_pixels"} <= set(judged)
   assert "--evaluate.linear.epochs=3" in judged
   again = Stand_in()
@@ -169,7 +171,7 @@ def test_parts_of_a_table_are_disjoint_and_merge_to_the_whole(tmp_path):
 
 def test_all_tables_of_a_folder_are_shared_out_without_a_training_done_twice(tmp_path):
   """Also what two tables have in common, which is another row of each."""
-  longer = Row("longer", Training(SMOKE, {"epochs": 3.0}), seeds=(1,))
+  longer = Row("longer", Training(SMOKE, {"optim.weight_decay": 0.3}), seeds=(1,))
   several = [TABLE, TABLE._replace(rows=(*TABLE.rows[1:], longer))]
   done = []
   for i in (1, 2):
@@ -289,7 +291,7 @@ def test_data_sets_may_lie_anywhere_without_another_name():
 
 def test_other_overrides_are_another_run():
   assert Training(SMOKE).name.startswith("smoke-simclr-")
-  assert Training(SMOKE).name != Training(SMOKE, {"epochs": 3.0}).name
+  assert Training(SMOKE).name != Training(SMOKE, {"optim.weight_decay": 0.3}).name
   one, two = {"epochs": 3.0, "seed": 1}, {"seed": 1, "epochs": 3.0}
   assert Training(SMOKE, one).name == Training(SMOKE, two).name
 

@@ -6,11 +6,11 @@ from ml_collections import ConfigDict
 
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.experiment import build, create_state
-from ssrl_jax.run_folder import Facts, open_run_folder
+from ssrl_jax.run_folder import Facts, write_run
 
 
 def save_untrained(folder: Path, config: ConfigDict, facts: Facts) -> None:
-  open_run_folder(folder, config, facts, allow_change=False)
+  write_run(folder, config, facts)
   checkpoints = Checkpoints(folder, keep=1, keep_best=0)
   checkpoints.save(create_state(build(config, **facts._asdict())), step=0, score=0.0)
   checkpoints.close()

@@ -65,9 +65,10 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
       folder=out.with_suffix(""), other=other, encoders=encoders,
       keep=lambda results: merge_evaluation(out, results, **facts), moved=moved,
     )  # fmt: skip
+  say(results_table(evaluated.results))
+  evaluated.check()
   if values.evals and not evaluated.results:
     raise ValueError(f"none of {values.evals} could be run on these pictures")
-  say(results_table(evaluated.results))
   return 0
 
 

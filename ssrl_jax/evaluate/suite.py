@@ -47,6 +47,13 @@ def select(names: str) -> dict[str, Protocol]:
 class Evaluated(NamedTuple):
   results: Results
   evaluation: Evaluation | None  # of the trained encoder; None where nothing could be evaluated
+  refused: dict[str, Exception]  # by a protocol, of the pictures or of its options
+
+  def check(self) -> None:
+    """Raises ValueError if a protocol refused; for when the figures of the others are kept."""
+    if self.refused:
+      text = "; ".join(f"{name} could not be run: {error}" for name, error in self.refused.items())
+      raise ValueError(text) from next(iter(self.refused.values()))
 
 
 class Loaded(NamedTuple):
@@ -172,10 +179,11 @@ def evaluate_run(
     moved: is called at each batch, as the watchdog wants it.
 
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
+  What one protocol refuses costs no figure of another: see `Evaluated.check`.
   """
   chosen = {n: p for n, p in select(evals).items() if runs(p, train, test is not None)}
   if not chosen:
-    return Evaluated({}, None)
+    return Evaluated({}, None, {})
   trained = trained_evaluation(experiment, state, train, test, folder)
   trained = dataclasses.replace(trained, moved=moved)
   if other:
@@ -186,20 +194,26 @@ def evaluate_run(
       raise ValueError(nearest(name, TITLES, "encoder"))
   encoders = encoders or tuple(TITLES)[: None if experiment.config.evaluate.controls else 1]
   results: Results = {}
+  refused: dict[str, Exception] = {}
   for name in encoders:
     start, figures = time.perf_counter(), {}
     evaluation = dataclasses.replace(
       control(name, trained, experiment), folder=folder and folder / name
     )
     for key, protocol in chosen.items():
-      if protocol.pixels or name != "raw_pixels":
+      if key in refused or (name == "raw_pixels" and not protocol.pixels):
+        continue
+      try:
         found = protocol.run(evaluation, **experiment.config.evaluate[key])
-        figures |= found
-        keep({name: found})
+      except (ValueError, FloatingPointError) as error:  # alike in all processes
+        refused[key] = error
+        continue
+      figures |= found
+      keep({name: found})
     if figures:
       results[name] = figures
       say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
-  return Evaluated(results, trained if test is not None else None)
+  return Evaluated(results, trained if test is not None else None, refused)
 
 
 def control(name: str, trained: Evaluation, experiment: Experiment) -> Evaluation:

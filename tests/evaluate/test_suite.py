@@ -100,6 +100,27 @@ def test_each_protocol_s_figures_are_kept_before_the_next_one_runs(monkeypatch):
   assert kept == [{"trained": {"knn/accuracy": 5.0}}]
 
 
+def test_what_one_protocol_refuses_costs_no_figure_of_another(monkeypatch):
+  def refuses(evaluation):
+    raise ValueError("class 3 has no picture")
+
+  figures = Protocol(lambda evaluation: {"knn/accuracy": 5.0}, {})
+  chosen = {"low_label": Protocol(refuses, {}), "knn": figures}
+  monkeypatch.setattr(suite, "trained_evaluation", lambda *a, **k: Judged())
+  monkeypatch.setattr(suite, "control", lambda name, trained, experiment: trained)
+  monkeypatch.setattr(suite, "select", lambda evals: chosen)
+  config = smoke.get_config("simclr")
+  config.evaluate.knn = config.evaluate.low_label = {}
+  experiment = build(config, num_examples=128, num_classes=10)
+  evaluated = evaluate_run(
+    experiment, None, Pictures(10), Pictures(10), evals="low_label,knn", say=print
+  )
+  assert evaluated.results == {n: {"knn/accuracy": 5.0} for n in ("trained", "random_init")}
+  with pytest.raises(ValueError, match="low_label could not be run: class 3 has no picture"):
+    evaluated.check()
+  evaluated._replace(refused={}).check()
+
+
 def test_own_pictures_are_not_looked_for_where_no_protocol_asks_for_them():
   config = smoke.get_config("simclr")
   config.evaluate.detection.source = "coco:somewhere"
