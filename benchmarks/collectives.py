@@ -85,7 +85,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   _, metrics, watched = jax.eval_shape(
     make_train_step(experiment), state, abstract_batch(experiment)
   )
-  p = watched["3_embeddings"].shape[-1]
+  p = watched.embeddings.shape[-1]
   name, options = config.method.name, config.method.to_dict()
   e = sum(part.startswith("projector_") for part in state.params) or 1
   moved = MOVED.get(name, lambda *_: 0)(b, v, options, e)

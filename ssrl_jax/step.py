@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,17 @@ from ssrl_jax.views import abstract_views as views_shapes
 from ssrl_jax.views import make_views, strength_at
 
 Batch = dict[str, Array]
+
+
+class Watched(NamedTuple):
+  """What is examined for non-finite values, in the order in which it arises."""
+
+  views: dict[str, Array]
+  features: Array
+  embeddings: Array
+  loss: dict[str, Array]
+  gradient: Params
+  update: Params
 
 
 def step_keys(key: Array, step: Array) -> tuple[Array, Array]:
@@ -63,11 +74,7 @@ def trained_loss(method: Method) -> Callable:
 
 
 def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple]:
-  """step(state, batch) -> state, metrics, watched.
-
-  `metrics` are scalars; `watched` is every tensor that is examined for non-finite values, in the
-  order in which they arise.
-  """
+  """step(state, batch) -> state, metrics (scalars), `Watched`."""
   method, optimizer = experiment.method, experiment.optimizer
   probe_options = experiment.config.probe.to_dict()
   mesh, min_size = experiment.mesh, experiment.config.mesh.min_size
@@ -109,14 +116,14 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     strength = views_strength(experiment, state.step)
     if not isinstance(strength, float):  # the ramp is on
       metrics["data/views_strength"] = strength
-    watched = {
-      "1_views": {spec.name: views[spec.name] for spec in method.views},
-      "2_features": aux.features,
-      "3_embeddings": aux.embeddings,
-      "4_loss": {"total": loss, **aux.metrics},
-      "5_gradient": grads,
-      "6_update": updates,
-    }
+    watched = Watched(
+      views={spec.name: views[spec.name] for spec in method.views},
+      features=aux.features,
+      embeddings=aux.embeddings,
+      loss={"total": loss, **aux.metrics},
+      gradient=grads,
+      update=updates,
+    )
     return new_state, metrics, watched
 
   return train_step
@@ -189,8 +196,8 @@ def watched_tensors(experiment: Experiment) -> tuple[list[str], int]:
   """The names of what `first_bad` indexes; dimensions of what the health figures are of."""
   step = make_train_step(experiment)
   *_, watched = jax.eval_shape(step, abstract_state(experiment), abstract_batch(experiment))
-  names = [name.split("_", 1)[1] for name, _ in named_leaves(watched)]
-  return [*names, SPIKE], watched["3_embeddings"].shape[-1]
+  names = [name for name, _ in named_leaves(watched)]
+  return [*names, SPIKE], watched.embeddings.shape[-1]
 
 
 def flops_per_step(experiment: Experiment) -> float:

@@ -64,7 +64,7 @@ def named_collapse(method, steps, changes):
   state = jax.jit(lambda key: init_state(experiment, key))(jax.random.key(0))
   for batch in batches(150)[:steps]:
     state, metrics, watched = step(state, batch)
-  dimensions = watched["3_embeddings"].shape[-1]
+  dimensions = watched.embeddings.shape[-1]
   figures = {name: float(value) for name, value in metrics.items()}
   return collapse(figures, dimensions)
 
