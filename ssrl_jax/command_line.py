@@ -32,6 +32,12 @@ def help_asked(argv: list[str], text: str, values: flags.FlagValues) -> bool:
   return True
 
 
+def define_step(values: flags.FlagValues) -> None:
+  flags.DEFINE_integer(
+    "step", None, "Whose checkpoint to take; default: the newest.", flag_values=values
+  )
+
+
 def run_command(
   argv: list[str],
   text: str,

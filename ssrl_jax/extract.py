@@ -1,6 +1,6 @@
 """python -m ssrl_jax.extract --workdir=RUN --out=features.npz [--source=folder:PATH]
 
-Writes the frozen features of pictures by the newest whole checkpoint of a run, as the evaluations
+Writes the frozen features of pictures by a checkpoint of a run, as the evaluations
 see them: the centre of each picture, at the size of config.evaluate. For `numpy.load`: an array
 [N, D] for each of --kinds, and [N] `labels` (-1: unknown; else they count in `classes`), `names`
 and `ids` (positions) of the pictures that can be read.
@@ -14,18 +14,27 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ssrl_jax.command_line import print_line, run_command
+from ssrl_jax.command_line import define_step, print_line, run_command
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
 from ssrl_jax.run_folder import load_config
 
 
-def run(folder: Path, source: str, split: str, kinds: str, devices: int, out: Path) -> int:
+def run(
+  folder: Path,
+  source: str,
+  split: str,
+  kinds: str,
+  devices: int,
+  out: Path,
+  *,
+  step: int | None = None,
+) -> int:
   if out.is_dir():
     raise ValueError(f"--out={out} is a folder; name a file in it")
   config = load_config(folder)
   config.mesh.update({"devices": devices, "slices": 0, "fsdp": 1})
-  experiment, state = load_run(folder, mesh=config.mesh)
+  experiment, state = load_run(folder, mesh=config.mesh, step=step)
   config = experiment.config
   config.data.source = source or config.data.source
   if source or split not in (config.data.train, config.data.test):  # all of it
@@ -62,6 +71,7 @@ def define_flags(values: flags.FlagValues) -> None:
     "source", "", "Pictures, as config.data.source names them; default: the run's.", values
   )
   flags.DEFINE_string("split", "train", "Which of the source's.", values)
+  define_step(values)
   flags.DEFINE_integer(
     "devices", 1, "That share the work; 0: all. They must divide the run's batches.",
     flag_values=values,
@@ -75,7 +85,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def cli(argv: list[str]) -> int:
   def program(values: flags.FlagValues) -> int:
     folder, out = (Path(p).expanduser() for p in (values.workdir, values.out))
-    return run(folder, values.source, values.split, values.kinds, values.devices, out)
+    v = values
+    return run(folder, v.source, v.split, v.kinds, v.devices, out, step=v.step)
 
   return run_command(argv, __doc__, define_flags, program, needed=("workdir", "out"))
 

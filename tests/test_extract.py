@@ -1,11 +1,13 @@
 """The command that writes features to a file, on an untrained run."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import smoke
 from ssrl_jax import extract
+from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.evaluate.suite import load_run
 from ssrl_jax.run_folder import Facts
 from tests.untrained import save_untrained
@@ -63,6 +65,22 @@ def test_all_kinds_of_the_run_s_own_test_pictures(root):
   everything = extracted(root, "--split=test", "--kinds=all")
   assert everything.keys() == found.keys() | {"map2"}
   np.testing.assert_allclose(everything["pooled"], found["pooled"], rtol=1e-5, atol=1e-6)
+
+
+def test_step_chooses_among_the_checkpoints(root):
+  first = extracted(root, "--split=test")
+  _, state = load_run(root / "run")
+  later = state._replace(step=state.step + 5, params=jax.tree.map(lambda x: 2 * x, state.params))
+  checkpoints = Checkpoints(root / "run", keep=2, keep_best=0)
+  checkpoints.finish(later, step=5, score=0.0)
+  checkpoints.close()
+  newest = extracted(root, "--split=test")
+  assert not np.allclose(newest["pooled"], first["pooled"])
+  again = {step: extracted(root, "--split=test", f"--step={step}") for step in (0, 5)}
+  np.testing.assert_array_equal(again[0]["pooled"], first["pooled"])
+  np.testing.assert_array_equal(again[5]["pooled"], newest["pooled"])
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3; it has: 0, 5"):
+    load_run(root / "run", step=3)
 
 
 @pytest.mark.parametrize(

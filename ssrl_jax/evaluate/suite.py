@@ -61,14 +61,15 @@ class Loaded(NamedTuple):
   state: TrainState
 
 
-def load_run(folder: Path, *, mesh: ConfigDict | None = None) -> Loaded:
-  """The newest whole checkpoint of a run, and what its config makes; its pictures are not needed.
+def load_run(folder: Path, *, mesh: ConfigDict | None = None, step: int | None = None) -> Loaded:
+  """A checkpoint of a run, and what its config makes; its pictures are not needed.
 
   Args:
     mesh: a config group for the devices that are here; None: the run's.
+    step: whose; None: the newest that is whole.
 
   Raises:
-    FileNotFoundError: there is none yet.
+    FileNotFoundError: there is none yet, or none of this step.
   """
   config, facts = load_config(folder), read_facts(folder)
   if mesh is not None:
@@ -78,9 +79,14 @@ def load_run(folder: Path, *, mesh: ConfigDict | None = None) -> Loaded:
     facts = Facts(len(train), train.num_classes)
   experiment = build(config, **facts._asdict())
   checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
-  state = checkpoints.restore(abstract_state(experiment))
+  if step is not None and step not in checkpoints.steps():
+    there = ", ".join(map(str, checkpoints.steps())) or "none"
+    raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; it has: {there}")
+  state = checkpoints.restore(abstract_state(experiment), at_most=step)
   if state is None:
     raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
+  if step not in (None, int(state.step)):
+    raise ValueError(f"the checkpoint of step {step} in {folder} is damaged")
   return Loaded(experiment, state)
 
 
