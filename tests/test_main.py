@@ -136,7 +136,8 @@ def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(
   assert json.loads((folder / "data.json").read_text()) == {"num_examples": 128, "num_classes": 10}
 
 
-def test_python_of_the_readme_gives_features(finished):
+def test_python_of_the_readme_gives_features(finished, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   folder, _, _ = finished
   text = (ROOT / "README.md").read_text()
   code = re.search(r"\*\*From Python\*\*.*?```python\n(.*?)```", text, re.DOTALL)[1]
@@ -146,6 +147,10 @@ def test_python_of_the_readme_gives_features(finished):
   assert features.pooled.ndim == 2
   assert np.isfinite(features.pooled).all()
   assert all(m.shape[0] == 2 for m in features.maps.values())
+  with np.load("encoder.npz") as weights:
+    assert {name.split("/")[0] for name in weights} == {"params", "batch_stats"}
+    kernel = names["state"].params["encoder"]["backbone"]["stem_conv"]["kernel"]
+    np.testing.assert_array_equal(weights["params/backbone/stem_conv/kernel"], kernel)
 
 
 def test_evaluation_beside_a_run_leaves_the_run_s_files_alone(finished, tmp_path):
