@@ -131,7 +131,7 @@ METHODS = {
     "batch_size": 1024,
     "encoder.name": "vit_s",
     "encoder.vit.drop_path": 0.1,
-    "optim.learning_rate": 1.25e-4,  # 5e-4 x batch / 1024
+    "optim.learning_rate": 5e-4,  # x batch / 256
     "optim.weight_decay": 0.04,
     "optim.final_weight_decay": 0.4,
     "optim.clip_norm": 3.0,
@@ -143,7 +143,7 @@ METHODS = {
     "batch_size": 1024,
     "encoder.name": "vit_s",
     "encoder.vit.drop_path": 0.1,
-    "optim.learning_rate": 1.25e-4,
+    "optim.learning_rate": 5e-4,
     "optim.weight_decay": 0.04,
     "optim.final_weight_decay": 0.4,
     "optim.clip_norm": 3.0,

@@ -205,18 +205,21 @@ def forward(
   params: Params,
   batch_stats: Any,
   views_BVHWC: Array,
-  key: Array,
+  key: Array | None,
   *args: Any,
   method: str | None = None,
 ) -> tuple[Any, Any]:
-  """One training pass over all views at once: outputs [B, V, ...], batch statistics after it."""
+  """One training pass over all views at once: outputs [B, V, ...], batch statistics after it.
+
+  key: of what is dropped; None, for a target: nothing is.
+  """
   output, mutated = network.apply(
     {"params": params, "batch_stats": batch_stats},
     fold_views(views_BVHWC),
     True,
     *args,
     mutable=["batch_stats"],
-    rngs={"dropout": key},
+    rngs={} if key is None else {"dropout": key},
     method=method,
   )
   return unfold_views(output, views_BVHWC.shape[1]), mutated.get("batch_stats", {})

@@ -70,7 +70,7 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target = jax.random.split(key, 3), method_state["target"]
+    keys, target = jax.random.split(key), method_state["target"]
     (h_BVD, z_BVP, q_BVP), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
@@ -78,7 +78,7 @@ def make(
       (_, _, q), stats = forward(network, params, stats, views["local"], keys[1])
       q_BVP = jnp.concatenate([q_BVP, q], axis=1)
     (_, t_BTP), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], keys[2], method="project"
+      network, target["params"], target["batch_stats"], views["global"], None, method="project"
     )
     t_BTP = jax.lax.stop_gradient(t_BTP)
     value = objective(q_BVP, t_BTP)

@@ -97,12 +97,12 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target, queue = jax.random.split(key), method_state["target"], method_state["queue"]
+    target, queue = method_state["target"], method_state["queue"]
     outputs, stats = forward(
-      network, params, method_state["batch_stats"], views["global"][:, :1], keys[0]
+      network, params, method_state["batch_stats"], views["global"][:, :1], key
     )
     target_outputs, target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"][:, 1:], keys[1]
+      network, target["params"], target["batch_stats"], views["global"][:, 1:], None
     )
     h_BD, q_BP, q_BnP, map_BnC = (x[:, 0] for x in outputs)
     _, k_BP, k_BnP, k_map_BnC = (jax.lax.stop_gradient(x[:, 0]) for x in target_outputs)

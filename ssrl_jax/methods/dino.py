@@ -118,7 +118,7 @@ def make(
       (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
     (_, _, t_BTK), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], keys[2]
+      network, target["params"], target["batch_stats"], views["global"], None
     )
     t_BTK = jax.lax.stop_gradient(t_BTK)
     p_BTK = teach(t_BTK, centre_K, step)

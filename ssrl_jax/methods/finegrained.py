@@ -119,21 +119,21 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target, queue_QP = jax.random.split(key, 3), method_state["target"], method_state["queue"]
+    keys, target, queue_QP = jax.random.split(key), method_state["target"], method_state["queue"]
     view1_BHWC = views["global"][:, 0]
     outputs, stats = forward(
       network, params, method_state["batch_stats"], view1_BHWC[:, None], keys[0]
     )
     h_BD, q_BP, attention_BHW = (x[:, 0] for x in outputs)
     (_, k_BVP, _), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"][:, 1:], keys[1]
+      network, target["params"], target["batch_stats"], views["global"][:, 1:], None
     )
     k_BP = jax.lax.stop_gradient(normalise(k_BVP[:, 0]))
     whole = jnp.mean(info_nce_queue(q_BP, k_BP, queue_QP, temperature=temperature))
     value, metrics = whole, {"whole": whole}
     if num_parts:
       (h_BKD, q_BKP, _), stats = forward(
-        network, params, stats, parts_of(view1_BHWC, attention_BHW), keys[2]
+        network, params, stats, parts_of(view1_BHWC, attention_BHW), keys[1]
       )
       key_MP = k_BP.repeat(num_parts, axis=0)
       part_M = info_nce_queue(fold_views(q_BKP), key_MP, queue_QP, temperature=temperature)

@@ -162,7 +162,7 @@ def make(
       else {}
     )
 
-  def targets(method_state, views, z_BVEP, places_BVhwP, key):
+  def targets(method_state, views, z_BVEP, places_BVhwP):
     """Unit embeddings, for each view their centre that it must meet, places; the target's state."""
     if not momentum:
       t_BVEP = normalise(z_BVEP)
@@ -170,7 +170,7 @@ def make(
       return t_BVEP, jnp.broadcast_to(centre_B1EP, t_BVEP.shape), places_BVhwP, {}
     old = method_state["target"]
     (_, t_BVEP, _, seen_BVhwP), stats = forward(
-      network, old["params"], old["batch_stats"], views["global"], key, True, False
+      network, old["params"], old["batch_stats"], views["global"], None, True, False
     )
     t_BVEP, seen_BVhwP = jax.lax.stop_gradient((normalise(t_BVEP), seen_BVhwP))
     return t_BVEP, mean_of_others(t_BVEP), seen_BVhwP, {"target": old | {"batch_stats": stats}}
@@ -185,7 +185,7 @@ def make(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     t_BVEP, centre_BVEP, seen_BVhwP, target_state = targets(
-      method_state, views, z_BVEP, places_BVhwP, keys[1]
+      method_state, views, z_BVEP, places_BVhwP
     )
     all_z, distances = z_BVEP, cosine_distance(q_BVEP, centre_BVEP)
     if "local" in views:

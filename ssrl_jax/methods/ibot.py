@@ -118,7 +118,7 @@ def make(
       network, params, method_state["batch_stats"], views["global"], keys[0], mask_BN
     )
     (_, t_BTK, t_BTNK), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], keys[2]
+      network, target["params"], target["batch_stats"], views["global"], None
     )
     if "local" in views:
       (_, s, _), stats = forward(network, params, stats, views["local"], keys[1])

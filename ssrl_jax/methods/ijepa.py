@@ -133,7 +133,7 @@ def make(
       network, params, method_state["batch_stats"], views["global"], keys[0], hide_Bn, target_BMn
     )
     (g_BVD, wanted_BVnD), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], keys[1], method="teach"
+      network, target["params"], target["batch_stats"], views["global"], None, method="teach"
     )
     g_BVD, wanted_BVnD = jax.lax.stop_gradient((g_BVD, wanted_BVnD))
     error_BVMnD = smooth_l1(predicted_BVMnD - wanted_BVnD[:, :, None])

@@ -74,16 +74,16 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target, queue_QP = jax.random.split(key), method_state["target"], method_state["queue"]
+    target, queue_QP = method_state["target"], method_state["queue"]
     (h_BVD, q_BVP, _), stats = forward(
-      network, params, method_state["batch_stats"], views["global"][:, :1], keys[0]
+      network, params, method_state["batch_stats"], views["global"][:, :1], key
     )
     (_, k_BVP), target_stats = forward(
       network,
       target["params"],
       target["batch_stats"],
       views["global"][:, 1:],
-      keys[1],
+      None,
       method="project",
     )
     q_BP, k_BP = q_BVP[:, 0], jax.lax.stop_gradient(normalise(k_BVP[:, 0]))

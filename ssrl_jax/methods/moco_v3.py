@@ -79,12 +79,12 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target = jax.random.split(key), method_state["target"]
+    target = method_state["target"]
     (h_BVD, z_BVP, q_BVP), stats = forward(
-      network, params, method_state["batch_stats"], views["global"], keys[0]
+      network, params, method_state["batch_stats"], views["global"], key
     )
     (_, k_BVP), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], keys[1], method="project"
+      network, target["params"], target["batch_stats"], views["global"], None, method="project"
     )
     k_BVP = jax.lax.stop_gradient(k_BVP)
     options = {"temperature": temperature, "block": block}

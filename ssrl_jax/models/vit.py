@@ -58,7 +58,8 @@ class ViT(nn.Module):
   that is no whole number is left out. Where the maps are not used, jit drops them.
 
   Learned positions belong to the grid of the image seen by init; other grids get them resized
-  (bicubic, as DINO). `drop_path` > 0 needs rngs={"dropout": key} in training.
+  (bicubic without smoothing, nearly as DINO, whose kernel has a = -0.75 where this has -0.5).
+  `drop_path` drops in training, where rngs={"dropout": key} is given.
 
   Masked methods look at a part of the patches, in one of three ways:
     keep_BK   int32 [B, K]: only these patches enter, in this order; there are no maps then.
@@ -160,7 +161,7 @@ class ViT(nn.Module):
       grid = self.get_variable("params", "position").shape[:2]
     position_hwD = self.param("position", NORMAL, (*grid, self.dim))
     if grid != (h, w):
-      position_hwD = jax.image.resize(position_hwD, (h, w, self.dim), "bicubic")
+      position_hwD = jax.image.resize(position_hwD, (h, w, self.dim), "bicubic", antialias=False)
     return position_hwD[None]
 
   def _prefix(self, B: int) -> Array:
@@ -189,7 +190,8 @@ class Block(nn.Module):
     self, x_BND: Array, train: bool, hide_BN: Array | None = None
   ) -> tuple[Array, Array]:
     # One draw for an example drops its whole residual.
-    drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
+    still = not (train and self.has_rng("dropout"))
+    drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=still)
     y_BND = nn.LayerNorm(dtype=self.dtype, name="norm1")(x_BND)
     y_BND, attention_BANN = SelfAttention(self.heads, self.dtype, name="attention")(y_BND, hide_BN)
     x_BND += drop(y_BND)

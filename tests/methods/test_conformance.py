@@ -110,20 +110,39 @@ def assert_same_output(got, expected):
   assert_close(aux, expected_aux, scale=1.0)
 
 
+RANDOM_DEPTH = {
+  "encoder.name": "vit_pico",
+  "encoder.vit.patch": 4,
+  "encoder.vit.drop_path": 0.1,
+  "encoder.fusion.enabled": False,
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_encoder_may_need_randomness(name):
-  experiment = make_experiment(
-    name,
-    {
-      "encoder.name": "vit_pico",
-      "encoder.vit.patch": 4,
-      "encoder.vit.drop_path": 0.1,
-      "encoder.fusion.enabled": False,
-    },
-  )
+  experiment = make_experiment(name, RANDOM_DEPTH)
   state = abstract_state(experiment)
   arguments = state.params, state.method_state, abstract_views(experiment), state.key, state.step
   assert jax.eval_shape(experiment.method.loss, *arguments)[0].shape == ()
+
+
+TARGETS = ("byol", "moco_v2", "moco_v3", "dino", "ibot", "ijepa", "densecl", "finegrained")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_s_blocks_are_not_dropped(name):
+  """As of the teachers of DINO and iBOT, which are built without drop path."""
+  experiment = make_experiment(name, RANDOM_DEPTH | {"encoder.vit.drop_path": 0.5})
+  state, views = make_state(experiment), make_views(experiment)
+
+  @jax.jit
+  def outputs(key):
+    loss, aux = experiment.method.loss(state.params, state.method_state, views, key, state.step)
+    return loss, aux.targets
+
+  (one, target), (other, again) = (outputs(jax.random.key(seed)) for seed in (0, 1))
+  assert one != other
+  np.testing.assert_array_equal(target, again)
 
 
 @pytest.mark.parametrize("name", METHODS)
