@@ -26,7 +26,7 @@ from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.config import HARMLESS, flatten
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import select
-from ssrl_jax.files import write_json
+from ssrl_jax.files import check_folder, write_json
 from ssrl_jax.flops import measured_matmul_flops
 from ssrl_jax.run_folder import load_config, wait_until_free
 from ssrl_jax.table import DATA, Column, Judge, Row, Table, Training, load_tables, resolve
@@ -323,6 +323,7 @@ def cli(argv: list[str]) -> int:
     tables = load_tables(v.table)
     others = [Path(w).expanduser() for w in v.merge.split(",") if w]
     workdirs = [Path(v.workdir).expanduser(), *others]
+    check_folder(workdirs[0], "--workdir")
     for folder in others:
       if not (folder / "runs").is_dir():
         raise ValueError(f"--merge: {folder} holds no runs of tables")

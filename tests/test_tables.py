@@ -347,6 +347,8 @@ def test_rows_that_are_no_part_are_refused(text):
 def test_unknown_file_and_budget_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="configs/tables"):
     load_table("configs/tables/none.py")
+  with pytest.raises(FileNotFoundError, match=r"did you mean configs/tables/linear\.py\?"):
+    load_table("configs/liner.py")
   with pytest.raises(ValueError, match="unknown budget 'locl'; did you mean 'local'"):
     load_table("configs/smoke.py:locl")
 

@@ -24,6 +24,7 @@ from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table, select
 from ssrl_jax.experiment import open_split
+from ssrl_jax.files import check_folder
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.options import nearest
 from ssrl_jax.run_folder import load_config, merge_evaluation
@@ -108,6 +109,9 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")
     if values.out and not values.out.endswith(".json"):
       raise ValueError(f"--out={values.out}: expected a file NAME.json; pictures go into NAME")
+    for flag in ("workdir", "other"):
+      check_folder(Path(values[flag].value).expanduser(), f"--{flag}")
+    check_folder(Path(values.out).expanduser().parent, "--out")
     config = load_config(Path(values.workdir).expanduser())
     known = [key for key in flatten(config) if key.split(".")[0] in GROUPS]
     for key in [a.removeprefix("--").split("=")[0] for a in argv]:
