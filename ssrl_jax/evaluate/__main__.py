@@ -111,6 +111,7 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")
     if values.out and not values.out.endswith(".json"):
       raise ValueError(f"--out={values.out}: expected a file NAME.json; pictures go into NAME")
+    select(values.evals)  # an unknown one is said before a checkpoint is read
     for flag in ("workdir", "other"):
       check_folder(Path(values[flag].value).expanduser(), f"--{flag}")
     check_folder(Path(values.out).expanduser().parent, "--out")

@@ -47,3 +47,9 @@ def test_an_unknown_option_names_the_nearest_and_its_own_group(argument, message
   assert message in line
   assert "fsdp" not in line
   assert "linear_sgd.decay" not in line
+
+
+def test_an_unknown_protocol_is_refused_before_anything_is_loaded(tmp_path, capsys):
+  write_json(tmp_path / "config.json", smoke.get_config("simclr").to_dict())  # no checkpoint
+  assert command.cli(["evaluate", f"--workdir={tmp_path}", "--evals=knn,linaer"]) == 1
+  assert "unknown evaluation 'linaer'; did you mean 'linear'?" in capsys.readouterr().err
