@@ -10,8 +10,10 @@ pods).
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -173,6 +175,25 @@ def missing(
   return to_train, to_judge
 
 
+def data_lacking(
+  tables: Sequence[Table], workdirs: Sequence[Path], *, data: str, share: Set[tuple[str, int]]
+) -> list[str]:
+  """What is not there of the paths below `data` that the missing ones of `share` read, sorted."""
+  asked: list[tuple[Run, Mapping[str, Any]]] = []
+  for table in tables:
+    to_train, to_judge = missing(table, workdirs)
+    asked += [(run, run.training.overrides) for run in to_train]
+    for run, key, _ in to_judge:
+      judge, source = table.judges[key], run.training.overrides.get("data.source", "")
+      own = {p.needs for p in select(judge.evals).values()} <= {"nothing"}  # pictures of its own
+      asked.append((run, ({} if own else {"data.source": source}) | dict(judge.options)))
+  values = [v for run, o in asked if (run.training.name, run.seed) in share for v in o.values()]
+  texts = [str(t) for v in values for t in (v if isinstance(v, (list, tuple)) else [v])]
+  paths = {data + text.partition(DATA)[2] for text in texts if DATA in text}
+  there = lambda p: os.path.exists(p) or glob.glob(p, recursive=True)  # noqa: E731
+  return sorted(p for p in paths if not there(os.path.expanduser(p)))
+
+
 def execute(command: list[str], log: Path) -> int:
   """Runs a command; what it prints goes to `log`, behind what is there."""
   log.parent.mkdir(parents=True, exist_ok=True)
@@ -330,7 +351,16 @@ def cli(argv: list[str]) -> int:
     for _, table in tables:
       refuse_outdated(table, workdirs)
     share = share_of([table for _, table in tables], v.rows)
+    lacking = data_lacking([t for _, t in tables], workdirs, data=v.data, share=share)
+    message = (
+      f"no {', '.join(lacking)}, which the tables still need: lay out --data as "
+      "configs/tables/__init__.py says, or name another --data or --table"
+    )
+    if lacking and not (v.plan or v.report):
+      raise FileNotFoundError(message)
     if v.plan:
+      if lacking:
+        logging.warning(message)
       plan([table for _, table in tables], workdirs, share=share, say=print_line)
       return 0
     # What one command compiles, others load: seeds of a row, evaluations of an encoder.
