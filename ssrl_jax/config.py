@@ -8,7 +8,9 @@ arguments: a knob that exists there exists here, and nowhere else.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +166,21 @@ def base_config(method: str) -> ConfigDict:
   return c
 
 
+def check_file(path: str, *, folders: Sequence[str] = ("configs", "configs/tables")) -> None:
+  """Raises FileNotFoundError if there is no such file, and names the nearest, there or in these."""
+  if Path(path).is_file():
+    return
+  places = dict.fromkeys((Path(path).parent, *map(Path, folders)))
+  known = {f.stem: f for place in reversed(places) for f in place.glob("[!_]*.py")}
+  close = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.5)
+  hint = f" did you mean {known[close[0]]}?" if close else ""
+  where = "recipes are in configs/, tables in configs/tables/"
+  raise FileNotFoundError(f"no file {path};{hint} {where}")
+
+
 def load_file(path: str) -> Any:
   """The module of a recipe or of a table, which are files and no part of the package."""
-  if not Path(path).is_file():
-    raise FileNotFoundError(f"no file {path}; recipes are in configs/, tables in configs/tables/")
+  check_file(path)
   spec = importlib.util.spec_from_file_location(Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

@@ -17,6 +17,7 @@ from absl import flags
 from ssrl_jax.command_line import define_step, print_line, run_command
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
+from ssrl_jax.files import check_folder
 from ssrl_jax.run_folder import load_config
 
 
@@ -32,6 +33,8 @@ def run(
 ) -> int:
   if out.is_dir():
     raise ValueError(f"--out={out} is a folder; name a file in it")
+  check_folder(folder, "--workdir")
+  check_folder(out.parent, "--out")
   config = load_config(folder)
   config.mesh.update({"devices": devices, "slices": 0, "fsdp": 1})
   experiment, state = load_run(folder, mesh=config.mesh, step=step)

@@ -21,5 +21,17 @@ def printable(name: str) -> str:
   return os.fsencode(name).decode(errors="backslashreplace")
 
 
+def check_folder(path: Path, flag: str) -> None:
+  """Refuses a path that is no folder and cannot become one, as something else lies there.
+
+  Raises:
+    NotADirectoryError: names what lies there, and the flag that named the path.
+  """
+  there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+  if not there.is_dir():
+    kind = "a file" if there.exists() else "a link that leads nowhere"
+    raise NotADirectoryError(f"{flag}={path}: {there} is {kind}, no folder; name a folder")
+
+
 def write_json(path: Path, value: Any) -> None:
   write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from ssrl_jax import processes
 from ssrl_jax.command_line import check_no_more, help_asked, print_line
-from ssrl_jax.config import flatten
+from ssrl_jax.config import check_file, flatten
 from ssrl_jax.data.sources import Source
 from ssrl_jax.dry_run import dry_run
 from ssrl_jax.evaluate.during import evaluate_during
@@ -40,6 +40,7 @@ from ssrl_jax.experiment import (
   open_split,
   training_sampling,
 )
+from ssrl_jax.files import check_folder
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.options import nearest
@@ -97,6 +98,9 @@ def run(argv: list[str]) -> int:
     dry_run(config, say=say, compile_too=COMPILE.value, tpu=TPU.value)
     return 0
 
+  recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+  folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}").expanduser()
+  check_folder(folder, "--workdir")
   source = open_split(config, "train")
   experiment = build(config, num_examples=len(source), num_classes=source.num_classes)
   training_sampling(config, source)  # what is wrong with it is said before there is a folder
@@ -104,8 +108,6 @@ def run(argv: list[str]) -> int:
   evals = f"{config.evaluate.evals},{during.evals if during.every_steps else ''}"
   params, test = abstract_state(experiment).params, open_test(experiment, source, evals)
   evaluate = evaluate_during(experiment, source, test)
-  recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-  folder = Path(WORKDIR.value or f"runs/{recipe}-{config.method.name}").expanduser()
   facts, limits = Facts(len(source), source.num_classes), config.watchdog
   with contextlib.ExitStack() as held:
     processes.first_does(lambda: held.enter_context(alone_in(folder)))
@@ -191,11 +193,15 @@ def judge(
   evaluated.check()
 
 
+def recipe_given(argv: list[str]) -> list[str]:
+  """The --config=FILE among the arguments, or --config FILE as such."""
+  given = [a if "=" in a else f"{a}={b}" for a, b in zip(argv, [*argv[1:], ""])]
+  return [a for a in given if re.match("--?config=", a)]
+
+
 def recipe_alone(argv: list[str]) -> dict[str, Any]:
   """Every key of the --config=FILE among the arguments, as the file has it; {} without one."""
-  given = [a if "=" in a else f"{a}={b}" for a, b in zip(argv, [*argv[1:], ""])]  # or --config FILE
-  alone, without = flags.FlagValues(), [a for a in given if re.match("--?config=", a)]
-  without.insert(0, argv[0])
+  alone, without = flags.FlagValues(), [argv[0], *recipe_given(argv)]
   recipe = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=without)
   alone(without)
   return {} if recipe.value is None else flatten(recipe.value)
@@ -221,6 +227,9 @@ def cli(argv: list[str]) -> int:
   logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
 
   def program() -> int:
+    for path in [a.partition("=")[2].split(":")[0] for a in recipe_given(argv)]:
+      if path:
+        check_file(path, folders=("configs",))
     if help_asked(argv, __doc__, flags.FLAGS):
       keys = recipe_alone(argv) or {"KEY": "any key of the recipe; --config=FILE --help lists them"}
       for line in help_lines("config.", keys, keys.get("method.name", "")):

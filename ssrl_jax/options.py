@@ -16,6 +16,25 @@ def nearest(name: str, known: Iterable[str], what: str) -> str:
   return f"unknown {what} {name!r}; {hint}known: {', '.join(known)}"
 
 
+def nearest_key(key: str, known: Iterable[str], what: str) -> str:
+  """As `nearest` for a key such as evaluate.knn.k, but of all it lists only those of its group."""
+  known, parts = list(known), key.split(".")
+  for depth in range(len(parts), -1, -1):  # the deepest group that there is
+    group = "".join(f"{part}." for part in parts[:depth])
+    names = [k.removeprefix(group).split(".")[0] for k in known if k.startswith(group)]
+    beside = list(dict.fromkeys(names))
+    if beside:
+      break
+  if depth == len(parts):
+    return f"the {what} {key!r} is a group; set one of its {', '.join(beside)}"
+  hint = ""
+  if close := difflib.get_close_matches(parts[depth], beside, n=1, cutoff=0.5):
+    whole = ".".join([group + close[0], *parts[depth + 1 :]])
+    meant = whole if whole in known else group + close[0]
+    hint = f"did you mean {meant!r}? "
+  return f"unknown {what} {key!r}; {hint}in {group.rstrip('.') or 'all'}: {', '.join(beside)}"
+
+
 def keyword_defaults(f: Callable, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
   """{name: default} of the arguments of `f` that have one."""
   parameters = inspect.signature(f).parameters.values()

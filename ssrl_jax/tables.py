@@ -10,8 +10,10 @@ pods).
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -26,7 +28,7 @@ from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.config import HARMLESS, flatten
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import select
-from ssrl_jax.files import write_json
+from ssrl_jax.files import check_folder, write_json
 from ssrl_jax.flops import measured_matmul_flops
 from ssrl_jax.run_folder import load_config, wait_until_free
 from ssrl_jax.table import DATA, Column, Judge, Row, Table, Training, load_tables, resolve
@@ -171,6 +173,25 @@ def missing(
       if left and not diverged(folder):
         to_judge.append((run, key, left))
   return to_train, to_judge
+
+
+def data_lacking(
+  tables: Sequence[Table], workdirs: Sequence[Path], *, data: str, share: Set[tuple[str, int]]
+) -> list[str]:
+  """What is not there of the paths below `data` that the missing ones of `share` read, sorted."""
+  asked: list[tuple[Run, Mapping[str, Any]]] = []
+  for table in tables:
+    to_train, to_judge = missing(table, workdirs)
+    asked += [(run, run.training.overrides) for run in to_train]
+    for run, key, _ in to_judge:
+      judge, source = table.judges[key], run.training.overrides.get("data.source", "")
+      own = {p.needs for p in select(judge.evals).values()} <= {"nothing"}  # pictures of its own
+      asked.append((run, ({} if own else {"data.source": source}) | dict(judge.options)))
+  values = [v for run, o in asked if (run.training.name, run.seed) in share for v in o.values()]
+  texts = [str(t) for v in values for t in (v if isinstance(v, (list, tuple)) else [v])]
+  paths = {data + text.partition(DATA)[2] for text in texts if DATA in text}
+  there = lambda p: os.path.exists(p) or glob.glob(p, recursive=True)  # noqa: E731
+  return sorted(p for p in paths if not there(os.path.expanduser(p)))
 
 
 def execute(command: list[str], log: Path) -> int:
@@ -323,13 +344,23 @@ def cli(argv: list[str]) -> int:
     tables = load_tables(v.table)
     others = [Path(w).expanduser() for w in v.merge.split(",") if w]
     workdirs = [Path(v.workdir).expanduser(), *others]
+    check_folder(workdirs[0], "--workdir")
     for folder in others:
       if not (folder / "runs").is_dir():
         raise ValueError(f"--merge: {folder} holds no runs of tables")
     for _, table in tables:
       refuse_outdated(table, workdirs)
     share = share_of([table for _, table in tables], v.rows)
+    lacking = data_lacking([t for _, t in tables], workdirs, data=v.data, share=share)
+    message = (
+      f"no {', '.join(lacking)}, which the tables still need: lay out --data as "
+      "configs/tables/__init__.py says, or name another --data or --table"
+    )
+    if lacking and not (v.plan or v.report):
+      raise FileNotFoundError(message)
     if v.plan:
+      if lacking:
+        logging.warning(message)
       plan([table for _, table in tables], workdirs, share=share, say=print_line)
       return 0
     # What one command compiles, others load: seeds of a row, evaluations of an encoder.

@@ -290,7 +290,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     ([SMOKE, "--config.data.cache=device", "--config.data.steps_ahead=0"], "steps_ahead is 0"),
     ([SMOKE, "--config.global_views.count=0"], "global views"),
     ([SMOKE, "--config.encoder.name=vit_nano", "--config.encoder.vit.patch=7"], "patch"),
-    (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--config=configs/nothing.py"], "error: no file configs/nothing.py; recipes are in configs/"),
+    (["--config=configs/smokee.py"], "configs/smokee.py; did you mean configs/smoke.py?"),
+    (["--config", "smoke:simclr"], "no file smoke; did you mean configs/smoke.py?"),
+    (["--config=configs/smokee.py", "--help"], "did you mean configs/smoke.py?"),
     ([], "--config"),
     ([SMOKE, "config.epochs=20"], "unknown argument 'config.epochs=20'"),
     (["--config", "configs/smoke.py", "--config.epoch=3"], "did you mean 'epochs'"),
@@ -373,11 +376,17 @@ def test_second_run_in_a_folder_is_refused_while_the_first_lives(tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
-def test_workdir_that_cannot_be_written_is_named(tmp_path):
+@pytest.mark.parametrize("module", [MAIN, EVALUATE, "ssrl_jax.extract", "ssrl_jax.tables"])
+def test_workdir_that_is_a_file_or_below_one_is_named(module, tmp_path):
   (tmp_path / "file").write_text("")
-  assert str(tmp_path / "file") in fails_with_one_line(
-    SMOKE, f"--workdir={tmp_path / 'file' / 'run'}"
-  )
+  more = {
+    MAIN: [SMOKE, "--config.data.source=folder:/nowhere"], "ssrl_jax.extract": ["--out=x"],
+    "ssrl_jax.tables": ["--table=configs/tables/linear.py"],
+  }.get(module, [])  # fmt: skip
+  for path in (tmp_path / "file", tmp_path / "file" / "run"):
+    line = fails_with_one_line(*more, f"--workdir={path}", module=module)
+    want = f"error: --workdir={path}: {tmp_path / 'file'} is a file, no folder; name a folder"
+    assert line.startswith(want)
 
 
 def test_harmless_change_goes_on(finished, tmp_path):

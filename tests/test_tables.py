@@ -347,6 +347,8 @@ def test_rows_that_are_no_part_are_refused(text):
 def test_unknown_file_and_budget_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="configs/tables"):
     load_table("configs/tables/none.py")
+  with pytest.raises(FileNotFoundError, match=r"did you mean configs/tables/linear\.py\?"):
+    load_table("configs/liner.py")
   with pytest.raises(ValueError, match="unknown budget 'locl'; did you mean 'local'"):
     load_table("configs/smoke.py:locl")
 
@@ -462,6 +464,73 @@ def test_pictures_that_have_moved_are_those_that_train_and_judge(tmp_path):
   assert {"--config.data.source=folder:/new/set", "--allow_config_change=True"} <= set(train)
   assert "--data.source=folder:/new/set" in frozen
   assert [a for a in others if "data.source" in a] == ["--data.source=folder:/new/others"]
+
+
+NEEDS_DATA = """
+from ssrl_jax.table import DATA, Column, Judge, Row, Table, Training
+
+def get_table(budget):
+  one = Training("configs/smoke.py:simclr", {"data.source": f"folder:{DATA}/one"})
+  two = Training("configs/smoke.py:byol", {"data.mixture": (f"cifar:{DATA}/two", f"tar:{DATA}/t*")})
+  return Table(
+    "T", "Smoke.", "", (Row("simclr", one), Row("byol", two)),
+    (Column("k-NN %", "near", "knn/accuracy"), Column("AP", "boxes", "detection/AP")),
+    {"near": Judge("knn"), "boxes": Judge("detection", {
+      "evaluate.detection.source": f"coco:{DATA}/boxes", "evaluate.detection.steps": 3})},
+  )
+"""
+
+
+def test_pictures_that_are_not_there_are_all_named_before_anything_is_trained(
+  tmp_path, capsys, monkeypatch
+):
+  (tmp_path / "needs.py").write_text(NEEDS_DATA)
+  data, work = tmp_path / "sets", tmp_path / "out"
+  argv = ["tables", f"--table={tmp_path / 'needs.py'}", f"--workdir={work}", f"--data={data}"]
+  monkeypatch.setattr(tables, "make", lambda *args, **options: [])
+  assert tables.cli(argv) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  every = ", ".join(str(data / name) for name in ("boxes", "one", "t*", "two"))
+  assert f"error: no {every}, which the tables still need: lay out --data" in line
+  assert not work.exists()
+  for share, names in (("1/2", ("boxes", "one")), ("2/2", ("boxes", "t*", "two"))):
+    assert tables.cli([*argv, f"--rows={share}"]) == 1
+    assert f"no {', '.join(str(data / n) for n in names)}, which" in capsys.readouterr().err
+  assert tables.cli([*argv, "--report"]) == 0
+  for name in ("one", "two", "t7", "boxes"):
+    (data / name).mkdir(parents=True)
+  assert tables.cli(argv) == 0
+
+
+def test_pictures_of_what_is_done_need_not_be_there(tmp_path):
+  (tmp_path / "needs.py").write_text(NEEDS_DATA)
+  _, table = load_table(str(tmp_path / "needs.py"))
+  for run in tables.runs_of(table):
+    folder = run.folder([tmp_path])
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    for key, figure in (("near", "knn/accuracy"), ("boxes", "detection/AP")):
+      path = tables.judged_file(folder, key, table.judges[key])
+      path.parent.mkdir(exist_ok=True)
+      path.write_text(json.dumps({"results": {"trained": {figure: 1.0}}}))
+  share = tables.share_of([table], "1/1")
+  lacking = lambda: tables.data_lacking([table], [tmp_path], data="/no", share=share)  # noqa: E731
+  assert lacking() == []
+  for path in tmp_path.glob("runs/*/judged/boxes-*"):
+    path.unlink()
+  assert lacking() == ["/no/boxes"]  # detection looks at no picture of the run's
+  for path in tmp_path.glob("runs/*/judged/near-*"):
+    path.unlink()
+  assert lacking() == ["/no/boxes", "/no/one"]
+
+
+def test_plan_warns_of_pictures_that_are_not_there_in_a_line(tmp_path, capsys, monkeypatch):
+  (tmp_path / "needs.py").write_text(NEEDS_DATA)
+  argv = ["tables", f"--table={tmp_path / 'needs.py'}", f"--workdir={tmp_path}", "--data=/no"]
+  monkeypatch.setattr(tables, "plan", lambda *args, **options: None)
+  assert tables.cli([*argv, "--plan"]) == 0
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("WARNING: no /no/boxes, /no/one, /no/t*")
 
 
 def test_plan_of_a_share_is_of_that_share(tmp_path, capsys):

@@ -25,9 +25,9 @@ from ssrl_jax.files import printable
 class FolderSource:
   """Pictures under `path`, or under its subfolder `split` if it has folders for splits.
 
-  The subfolders that hold pictures, at any depth, are the classes, in sorted order. If pictures
-  also lie beside them, or there are no subfolders, nothing is labelled. Pictures are those with one
-  of `EXTENSIONS`, in any case; hidden files and folders are left out. The order is that of the
+  Two or more subfolders that hold pictures, at any depth, are the classes, in sorted order. If
+  there are fewer, or pictures also lie beside them, nothing is labelled. Pictures are those with
+  one of `EXTENSIONS`, in any case; hidden files and folders are left out. The order is that of the
   sorted relative paths, whatever the file system's.
   """
 
@@ -38,9 +38,10 @@ class FolderSource:
     if not len(listing.pictures):
       raise ValueError(nothing_found(self._root))
     self._paths = listing.pictures
-    self.class_names, self.num_classes, self.labels = _classes(self._paths.tolist())
     empty = [f for f in _without_pictures(listing) if os.sep not in f]
-    if empty and self.num_classes:
+    paths = self._paths.tolist()
+    self.class_names, self.num_classes, self.labels = _classes(paths, self._root, "pictures")
+    if empty and any(_SEP in p for p in paths):
       logging.warning(
         "%d folders of %s have no pictures and are no classes, e.g. %r",
         len(empty), self._root, empty[0],
@@ -89,7 +90,8 @@ class ClipSource:
         "use folder:PATH for still pictures"
       )
     self._names = Names.pack(sorted(clips))
-    self.class_names, self.num_classes, self.labels = _classes(self._names.tolist())
+    names = self._names.tolist()
+    self.class_names, self.num_classes, self.labels = _classes(names, self._root, "clips")
     self._paths = Names.pack([f for n in sorted(clips) for f in sorted(clips[n], key=_natural)])
     self._ends = np.cumsum([len(clips[n]) for n in sorted(clips)])
 
@@ -132,11 +134,27 @@ def _existing(path: str, kind: str) -> str:
   return path
 
 
-def _classes(paths: list[bytes]) -> tuple[tuple[str, ...], int | None, np.ndarray]:
-  """Names, number and labels [N] of the topmost folders; no labels if one path is in none."""
+def _classes(
+  paths: list[bytes], root: str, what: str
+) -> tuple[tuple[str, ...], int | None, np.ndarray]:
+  """Names, number and labels [N] of the topmost folders, in which all paths must lie; two or more.
+
+  Else there are no labels, and a line says so if there are folders that could be taken for classes.
+  """
   tops = [os.fsdecode(top) if rest else "" for top, _, rest in (p.partition(_SEP) for p in paths)]
   names = sorted(set(tops))
-  if "" in names:
+  if "" in names or len(names) == 1:
+    if len(names) > 1:
+      logging.warning(
+        "nothing in %s is labelled: %d of its %s lie beside its folders, e.g. %r; if the folders "
+        "are classes, move what lies beside them into one, or away",
+        root, tops.count(""), what, os.fsdecode(paths[tops.index("")]),
+      )  # fmt: skip
+    elif names != [""]:
+      logging.warning(
+        "nothing in %s is labelled: all its %s lie in one folder, %r; classes are two or more",
+        root, what, names[0],
+      )  # fmt: skip
     return (), None, np.full(len(tops), -1, np.int32)
   label_of = {name: label for label, name in enumerate(names)}
   labels = np.array([label_of[top] for top in tops], np.int32)

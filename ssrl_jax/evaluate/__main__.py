@@ -2,13 +2,15 @@
 
 Evaluates the newest whole checkpoint of a finished or running run, adds the figures to
 DIR/evaluation.json, and writes pictures and tables to DIR/evaluation/. Nothing else is touched.
-`--data.source=folder:PATH` and the other keys of `data` judge it on other pictures.
+`--data.source=folder:PATH` and the other keys of `data` judge it on other pictures. Keys may also
+be written as training has them, --config.evaluate.PROTOCOL.KEY=VALUE.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +26,9 @@ from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table, select
 from ssrl_jax.experiment import open_split
+from ssrl_jax.files import check_folder
 from ssrl_jax.knobs import help_lines
-from ssrl_jax.options import nearest
+from ssrl_jax.options import nearest_key
 from ssrl_jax.run_folder import load_config, merge_evaluation
 from ssrl_jax.state import state_digest
 
@@ -108,17 +111,26 @@ def cli(argv: list[str]) -> int:
       raise ValueError("--workdir=DIR, the folder of a run, is missing")
     if values.out and not values.out.endswith(".json"):
       raise ValueError(f"--out={values.out}: expected a file NAME.json; pictures go into NAME")
+    select(values.evals)  # an unknown one is said before a checkpoint is read
+    for flag in ("workdir", "other"):
+      check_folder(Path(values[flag].value).expanduser(), f"--{flag}")
+    check_folder(Path(values.out).expanduser().parent, "--out")
     config = load_config(Path(values.workdir).expanduser())
     known = [key for key in flatten(config) if key.split(".")[0] in GROUPS]
-    for key in [a.removeprefix("--").split("=")[0] for a in argv]:
-      if key.split(".")[0] in GROUPS and key not in known:
-        raise ValueError(nearest(key, known, "option"))
+    given = [re.sub(r"^--?config\.", "--", a) for a in argv]  # as training has it
+    for said, argument in zip(argv, given):
+      key = argument.lstrip("-").split("=")[0]
+      ours = key.split(".")[0] in GROUPS
+      if said != argument and not ours:
+        raise ValueError(f"{said}: an evaluation can change {', '.join(GROUPS)}, the rest is fixed")
+      if argument.startswith("-") and ours and key not in known:
+        raise ValueError(nearest_key(key, known, "option"))
     groups = {
-      name: config_flags.DEFINE_config_dict(name, config[name], flag_values=values)
+      name: config_flags.DEFINE_config_dict(name, config[name], flag_values=values, sys_argv=given)
       for name in GROUPS
     }
     values.unparse_flags()
-    check_no_more(values(argv)[1:])
+    check_no_more(values(given)[1:])
     config.update({name: group.value for name, group in groups.items()})
     return run(values, config)
 

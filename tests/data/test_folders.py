@@ -49,10 +49,11 @@ def walks(monkeypatch):
 )
 def test_any_name_that_a_file_system_allows_is_read(name, tmp_path):
   put(tmp_path / f"cl\nass {os.fsdecode(bytes([0xE9]))}" / name, 9)
+  put(tmp_path / "other" / "1.png")
   source = pickle.loads(pickle.dumps(FolderSource(str(tmp_path), split="train")))
   assert decode(source[0]["image"], canvas=8)[0][0, 0, 0] == 9
   assert os.path.basename(source.name(0)) == name
-  assert source.class_names == (r"cl\nass \xe9".replace(r"\n", "\n"),)  # it can be shown
+  assert source.class_names == (r"cl\nass \xe9".replace(r"\n", "\n"), "other")  # can be shown
 
 
 def test_one_long_name_does_not_make_all_of_them_long(tmp_path):
@@ -98,10 +99,13 @@ def test_what_would_block_or_is_hidden_is_no_picture(tmp_path):
 def test_a_class_folder_without_pictures_is_named(tmp_path, caplog):
   put(tmp_path / "train" / "cat" / "1.png")
   (tmp_path / "train" / "dog" / "deeper").mkdir(parents=True)
-  source = FolderSource(str(tmp_path), split="train")
-  assert source.class_names == ("cat",)
+  FolderSource(str(tmp_path), split="train")
   assert "1 folders" in caplog.text
   assert "'dog'" in caplog.text
+  put(tmp_path / "train" / "emu" / "1.png")
+  source = FolderSource(str(tmp_path), split="train")
+  assert source.class_names == ("cat", "emu")
+  assert caplog.text.count("1 folders") == 2
 
 
 @contextlib.contextmanager

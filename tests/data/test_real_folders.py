@@ -255,7 +255,8 @@ def test_uneven_classes_train_evenly_where_asked_and_an_empty_one_is_none(tmp_pa
 @pytest.mark.parametrize(
   ("test", "message"),
   [
-    ({"few": 1, "many": 0}, r"only in the first: \['many'\]"),  # a class is empty
+    ({"few": 1, "many": 0, "other": 1}, r"only in the first: \['many'\]"),  # a class is empty
+    ({"few": 1, "many": 0}, r"test.* has no labels, and .*train.* has"),  # one class is none
     ({"": 2}, r"test.* has no labels, and .*train.* has"),
   ],
 )

@@ -80,11 +80,41 @@ def test_flat_or_mixed_folder_is_unlabelled(names, tmp_path):
   assert source.class_names == ()
 
 
+@pytest.mark.parametrize("kind", ["folder", "clips"])
+def test_one_folder_is_no_class_and_that_is_said(kind, tmp_path, caplog):
+  for name in ("x/a/1.png", "x/b/2.png"):
+    put(tmp_path / name)
+  source = open_source(f"{kind}:{tmp_path}", split="train")
+  assert labels_of(source).tolist() == [-1, -1]
+  assert (source.num_classes, source.class_names) == (None, ())
+  (record,) = caplog.records
+  assert f"nothing in {tmp_path} is labelled: all its" in record.getMessage()
+  assert "lie in one folder, 'x'; classes are two or more" in record.getMessage()
+
+
+@pytest.mark.parametrize(("kind", "stray"), [("folder", "stray.png"), ("clips", "stray/1.png")])
+def test_what_lies_beside_class_folders_is_named_with_what_to_do(kind, stray, tmp_path, caplog):
+  for name in ("cat/1/1.png", "dog/1/1.png", stray):
+    put(tmp_path / name)
+  assert open_source(f"{kind}:{tmp_path}", split="train").num_classes is None
+  (record,) = caplog.records
+  assert f"{tmp_path} is labelled: 1 of its" in record.getMessage()
+  assert f"e.g. {stray.removesuffix('/1.png')!r}; if the folders are classes, move" in (
+    record.getMessage()
+  )
+
+
+def test_flat_pictures_are_unlabelled_without_a_word(tmp_path, caplog):
+  put(tmp_path / "1.png")
+  assert open_source(f"folder:{tmp_path}", split="train").num_classes is None
+  assert not caplog.records
+
+
 def test_held_out_splits_stand_for_one_another(tmp_path):
-  put(tmp_path / "train" / "a" / "1.png")
-  put(tmp_path / "val" / "a" / "2.png")
-  assert contents(open_source(f"folder:{tmp_path}", split="test"), tmp_path) == [("val/a/2.png", 0)]
-  put(tmp_path / "test" / "a" / "3.png")
+  put(tmp_path / "train" / "1.png")
+  put(tmp_path / "val" / "2.png")
+  assert contents(open_source(f"folder:{tmp_path}", split="test"), tmp_path) == [("val/2.png", -1)]
+  put(tmp_path / "test" / "3.png")
   for split in ("val", "test"):
     ((name, _),) = contents(open_source(f"folder:{tmp_path}", split=split), tmp_path)
     assert name.startswith(split)
