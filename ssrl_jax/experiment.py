@@ -167,6 +167,8 @@ def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
       why = f"encoder.name is {config.encoder.name}"
     elif groups in (["encoder", "fusion"], ["encoder", "attention"]) and name != "enabled":
       why = None if config.encoder[groups[1]].enabled else f"encoder.{groups[1]}.enabled is False"
+    elif key in ("data.mixture", "data.mixture_weights") and config.data.source != "mixture":
+      why = f"data.source is {config.data.source}, not mixture"
     elif groups == ["optim"] and config.optim.name not in optim.OPTIONS_OF.get(
       name, optim.OPTIMIZERS
     ):

@@ -39,6 +39,7 @@ from ssrl_jax.experiment import (
   check_effects,
   open_split,
   training_sampling,
+  view_specs,
 )
 from ssrl_jax.files import check_folder
 from ssrl_jax.knobs import help_lines
@@ -90,6 +91,10 @@ def run(argv: list[str]) -> int:
       f"{own[0]}: a recipe is made for its method; choose it by --config=FILE:METHOD"
     )
   check_effects(config, given_keys(argv))
+  largest = max(view.size for view in view_specs(config))
+  if largest > config.data.canvas:
+    logging.warning("pictures are kept at %d px (data.canvas), and views of them enlarged to %d: a "
+                    "larger canvas shows more", config.data.canvas, largest)  # fmt: skip
   print_line(processes.start(
     given.coordinator, given.num_processes, given.process_id, minutes=config.watchdog.start_minutes
   ))  # fmt: skip

@@ -192,6 +192,11 @@ def normalise(x: Array, *, eps: float = 1e-12) -> Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
 
 
+def exact_matmul(x: Array, y: Array) -> Array:
+  """x @ y in float32 also on accelerators, which would round to TensorFloat-32 or bfloat16."""
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def init_network(
   network: nn.Module, key: Array, images_NHWC: Array, *args: Any
 ) -> tuple[Params, Any]:

@@ -150,6 +150,7 @@ def test_folder_of_other_pictures_is_refused(tmp_path):
     ("encoder.resnet.width", {"encoder.name": "vit_s"}, "encoder.name is vit_s"),
     ("encoder.fusion.width", {}, "encoder.fusion.enabled is False"),
     ("encoder.attention.width", {}, "encoder.attention.enabled is False"),
+    ("data.mixture", {}, "data.source is digit_scenes, not mixture"),
     ("optim.momentum", {"optim.name": "adamw"}, "optim.name is adamw"),
     ("optim.b1", {"optim.name": "lars"}, "optim.name is lars"),
     ("optim.clip_ratio", {"optim.name": "lars"}, "optim.name is lars"),

@@ -172,6 +172,7 @@ def test_evaluate_names_the_nearest_option_and_what_a_file_must_be(finished):
   for argument, expected in (
     ("--evaluate.knn.kk=3", meant),
     ("--data.sourc=x", meant),
+    ("--step=3", "has no checkpoint of step 3; it has: "),
     ("--out=figures", "figures: expected a file NAME.json"),
     ("--encoders=trained,random", "did you mean 'random_init'"),
     ("--mesh.fsdp=3", "mesh.fsdp is 3, which does not divide the 1 devices"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssrl_jax.losses import contrastive, correlation, dense, distribution, prototypes
 from tests.methods.common import make_experiment, random_inputs
 
 # Sums, and what is steep: in bfloat16 a sum of ones stops at 256. Maxima and sigmoids are not.
@@ -66,3 +67,31 @@ def test_bfloat16_loss_is_near_the_float32_one(name, overrides):
     losses.append(float(loss(*random_inputs(method))[0]))
   assert losses[0] != losses[1]
   np.testing.assert_allclose(losses[1], losses[0], rtol=0.03)
+
+
+ROWS = jnp.ones((8, 4))
+MAPS = jnp.ones((2, 3, 4))
+PRODUCTS = {
+  "nt_xent": lambda x: contrastive.nt_xent(x, ROWS, temperature=0.1),
+  "info_nce_queue": lambda x: contrastive.info_nce_queue(x, ROWS, ROWS, temperature=0.1),
+  "barlow_twins": lambda x: correlation.barlow_twins(x, ROWS, off_diagonal_weight=0.1),
+  "whiten": lambda x: correlation.whiten(x, eps=0.1),
+  "coding_rate": lambda x: distribution.coding_rate(x, eps=0.5),
+  "coding_rate of few": lambda x: distribution.coding_rate(x[:3], eps=0.5),
+  "variance_covariance": distribution.variance_covariance,
+  "sigreg": lambda x: distribution.sigreg(x, jax.random.key(0), num_directions=4),
+  "cross_view_entropy": lambda x: prototypes.cross_view_entropy(
+    MAPS, x.reshape(2, 4, 4)[:, :3], temperature=0.1
+  ),
+  "match_features": lambda x: dense.match_features(x.reshape(2, 4, 4), MAPS) * jnp.sum(x),
+}
+
+
+@pytest.mark.parametrize("loss", PRODUCTS.values(), ids=PRODUCTS)
+def test_products_in_losses_are_not_rounded_on_accelerators(loss):
+  """Nor in their gradients: by default a TPU multiplies float32 as bfloat16, a GPU as TF32."""
+  total = lambda x: sum(jnp.sum(y) for y in jax.tree.leaves(loss(x)))  # noqa: E731
+  traced = jax.make_jaxpr(jax.value_and_grad(total))(ROWS)
+  products = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+  assert products
+  assert {e.params["precision"] for e in products} == {(jax.lax.Precision.HIGHEST,) * 2}

@@ -2,6 +2,7 @@
 
 Evaluates the newest whole checkpoint of a finished or running run, adds the figures to
 DIR/evaluation.json, and writes pictures and tables to DIR/evaluation/. Nothing else is touched.
+With --step=N the checkpoint of that step, into DIR/evaluation-N.json.
 `--data.source=folder:PATH` and the other keys of `data` judge it on other pictures. Keys may also
 be written as training has them, --config.evaluate.PROTOCOL.KEY=VALUE.
 """
@@ -20,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ssrl_jax import processes
-from ssrl_jax.command_line import check_no_more, help_asked, print_line
+from ssrl_jax.command_line import check_no_more, define_step, help_asked, print_line
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS
@@ -37,14 +38,15 @@ GROUPS = ("evaluate", "data", "mesh")  # of a run's config, that an evaluation m
 
 def run(values: flags.FlagValues, config: ConfigDict) -> int:
   folder = Path(values.workdir).expanduser()
-  out = Path(values.out).expanduser() if values.out else folder / "evaluation.json"
+  name = "evaluation" if values.step is None else f"evaluation-{values.step}"
+  out = Path(values.out).expanduser() if values.out else folder / f"{name}.json"
   config.evaluate.evals = values.evals
   print_line(processes.start(
     values.coordinator, values.num_processes, values.process_id,
     minutes=config.watchdog.start_minutes,
   ))  # fmt: skip
   say = print_line if jax.process_index() == 0 else lambda line: None
-  experiment, state = load_run(folder, mesh=config.mesh)
+  experiment, state = load_run(folder, mesh=config.mesh, step=values.step)
   other = load_run(Path(values.other).expanduser(), mesh=config.mesh) if values.other else None
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = replace(experiment, config=config)
@@ -87,9 +89,8 @@ def cli(argv: list[str]) -> int:
       "without evaluate.controls.", values,
     )  # fmt: skip
     flags.DEFINE_string("other", "", "A second run's folder, for CKA in geometry.", values)
-    flags.DEFINE_string(
-      "out", "", "NAME.json for the figures; default: WORKDIR/evaluation.json", values
-    )
+    flags.DEFINE_string("out", "", "NAME.json for the figures; default: as above", values)
+    define_step(values)
     processes.define_flags(values)
     flags.DEFINE_bool("traceback", False, "On an error, show where it arose.", values)
     if help_asked(argv, __doc__, values):

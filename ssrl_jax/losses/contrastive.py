@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ssrl_jax.method import Array, fold_views, normalise
+from ssrl_jax.method import Array, exact_matmul, fold_views, normalise
 
 Pairs = Callable[[Array, Array], Array]  # (row [B, 1], column [1, M]) -> bool [B, M]
 LOW = -1e30  # instead of -inf, which has no difference to itself
@@ -152,7 +152,7 @@ def contrast(
     high_B, sum_B, own_B, num_B = carry
     start, k_MP = start_and_keys
     j_1M = start + column_1M
-    logits_BM = q_BP @ k_MP.T / temperature
+    logits_BM = exact_matmul(q_BP, k_MP.T) / temperature
     out_BM = jnp.broadcast_to(j_1M >= n, logits_BM.shape)
     # From the same product as the rest: accelerators round it, and lse - own must stay >= 0.
     if positive:

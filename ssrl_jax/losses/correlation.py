@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ssrl_jax.losses.factor import inverse_cholesky
-from ssrl_jax.method import Array
+from ssrl_jax.method import Array, exact_matmul
 
 
 def barlow_twins(z1_BP: Array, z2_BP: Array, *, off_diagonal_weight: float) -> Array:
@@ -21,7 +21,7 @@ def barlow_twins(z1_BP: Array, z2_BP: Array, *, off_diagonal_weight: float) -> A
     off_diagonal_weight: of the squares beside the diagonal (lambda; 0.0051 in the paper).
   """
   z1_BP, z2_BP = _standardise(z1_BP), _standardise(z2_BP)
-  c_PP = z1_BP.T @ z2_BP / z1_BP.shape[0]
+  c_PP = exact_matmul(z1_BP.T, z2_BP) / z1_BP.shape[0]
   diagonal_PP = jnp.eye(c_PP.shape[0], dtype=bool)
   on = jnp.sum(jnp.where(diagonal_PP, c_PP - 1, 0) ** 2)
   return on + off_diagonal_weight * jnp.sum(jnp.where(diagonal_PP, 0, c_PP) ** 2)
@@ -42,5 +42,5 @@ def whiten(z_BP: Array, *, eps: float) -> Array:
   z_BP = z_BP.astype(jnp.float32)
   b, p = z_BP.shape
   z_BP = z_BP - jnp.mean(z_BP, axis=0, keepdims=True)
-  cov_PP = (1 - eps) * (z_BP.T @ z_BP) / (b - 1) + eps * jnp.eye(p)
-  return z_BP @ inverse_cholesky(cov_PP).T
+  cov_PP = (1 - eps) * exact_matmul(z_BP.T, z_BP) / (b - 1) + eps * jnp.eye(p)
+  return exact_matmul(z_BP, inverse_cholesky(cov_PP).T)

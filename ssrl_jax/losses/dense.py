@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ssrl_jax.method import Array, normalise
+from ssrl_jax.method import Array, exact_matmul, normalise
 
 
 def match_features(x_BnC: Array, y_BmC: Array) -> Array:
@@ -13,8 +13,8 @@ def match_features(x_BnC: Array, y_BmC: Array) -> Array:
 
   Wang et al. 2021 (DenseCL), equation 4.
   """
-  x_BnC, y_BmC = normalise(x_BnC), normalise(y_BmC)
-  return jnp.argmax(jax.lax.stop_gradient(jnp.einsum("BnC,BmC->Bnm", x_BnC, y_BmC)), axis=-1)
+  x_BnC, y_BmC = jax.lax.stop_gradient((normalise(x_BnC), normalise(y_BmC)))
+  return jnp.argmax(exact_matmul(x_BnC, jnp.swapaxes(y_BmC, 1, 2)), axis=-1)
 
 
 def take_places(x_BnC: Array, place_Bm: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ssrl_jax.losses.factor import inverse_cholesky
-from ssrl_jax.method import Array, normalise
+from ssrl_jax.method import Array, exact_matmul, normalise
 
 
 def coding_rate(z_BP: Array, *, eps: float) -> Array:
@@ -26,7 +26,8 @@ def coding_rate(z_BP: Array, *, eps: float) -> Array:
   """
   z_BP = normalise(z_BP)
   b, p = z_BP.shape
-  gram = z_BP.T @ z_BP if p <= b else z_BP @ z_BP.T  # the same determinant, the smaller matrix
+  # The same determinant, the smaller matrix.
+  gram = exact_matmul(z_BP.T, z_BP) if p <= b else exact_matmul(z_BP, z_BP.T)
   scaled = jnp.eye(gram.shape[0], dtype=gram.dtype) + gram * (p / (b * eps**2))
   return jnp.sum(jnp.log(jnp.diagonal(inverse_cholesky(scaled)))) / p  # log det of the inverse / 2
 
@@ -44,7 +45,7 @@ def variance_covariance(z_BP: Array) -> tuple[Array, Array]:
   z_BP = z_BP.astype(jnp.float32)
   b, p = z_BP.shape
   z_BP = z_BP - jnp.mean(z_BP, axis=0, keepdims=True)
-  cov_PP = z_BP.T @ z_BP / (b - 1)
+  cov_PP = exact_matmul(z_BP.T, z_BP) / (b - 1)
   variance = jnp.mean(jax.nn.relu(1 - jnp.sqrt(jnp.diagonal(cov_PP) + 1e-4)))
   covariance = jnp.sum(jnp.where(jnp.eye(p, dtype=bool), 0, cov_PP) ** 2) / p
   return variance, covariance
@@ -68,7 +69,7 @@ def sigreg(z_BP: Array, key: Array, *, num_directions: int = 256) -> Array:
   t_T = jnp.linspace(0.0, 3.0, 17)
   dt = 3.0 / 16
   weight_T = jnp.full(17, 2 * dt).at[jnp.array([0, 16])].set(dt) * jnp.exp(-(t_T**2) / 2)
-  angle_BKT = (z_BP @ direction_PK)[:, :, None] * t_T[None, None, :]
+  angle_BKT = exact_matmul(z_BP, direction_PK)[:, :, None] * t_T[None, None, :]
   real_KT = jnp.mean(jnp.cos(angle_BKT), axis=0) - jnp.exp(-(t_T**2) / 2)[None, :]
   imaginary_KT = jnp.mean(jnp.sin(angle_BKT), axis=0)
   statistic_K = b * jnp.sum((real_KT**2 + imaginary_KT**2) * weight_T[None, :], axis=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
-from ssrl_jax.method import Array
+from ssrl_jax.method import Array, exact_matmul
 
 
 @jax.custom_vjp
@@ -40,9 +40,9 @@ def _forward(a_PP: Array) -> tuple[Array, Array]:
 
 
 def _backward(w_PP: Array, dw_PP: Array) -> tuple[Array]:
-  inner_PP = jnp.tril(-dw_PP @ w_PP.T)
+  inner_PP = jnp.tril(exact_matmul(-dw_PP, w_PP.T))
   inner_PP = inner_PP - jnp.diag(jnp.diagonal(inner_PP)) / 2
-  da_PP = w_PP.T @ inner_PP @ w_PP
+  da_PP = exact_matmul(exact_matmul(w_PP.T, inner_PP), w_PP)
   return ((da_PP + da_PP.T) / 2,)
 
 

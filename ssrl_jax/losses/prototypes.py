@@ -55,6 +55,8 @@ def cross_view_entropy(target_BTK: Array, scores_BVK: Array, *, temperature: flo
   and DINO's average alike.
   """
   log_BVK = jax.nn.log_softmax(scores_BVK.astype(jnp.float32) / temperature)
-  entropy_TV = -jnp.einsum("BTK,BVK->TV", target_BTK, log_BVK) / target_BTK.shape[0]
+  exact = jax.lax.Precision.HIGHEST
+  entropy_TV = -jnp.einsum("BTK,BVK->TV", target_BTK, log_BVK, precision=exact)
+  entropy_TV /= target_BTK.shape[0]
   same_TV = jnp.eye(*entropy_TV.shape, dtype=bool)
   return jnp.sum(jnp.where(same_TV, 0, entropy_TV)) / jnp.sum(~same_TV)

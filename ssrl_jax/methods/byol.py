@@ -22,6 +22,7 @@ from ssrl_jax.method import (
   check_fraction,
   cosine_tau,
   encode_with,
+  exact_matmul,
   fold_views,
   forward,
   global_views,
@@ -100,6 +101,7 @@ def make(
 
 def objective(q_BVP: Array, t_BTP: Array) -> Array:
   """Equations 2 and 3 of the paper: 2 - 2 cos, twice its mean over pairs of different views."""
-  cosine_VT = jnp.mean(jnp.einsum("BVP,BTP->BVT", normalise(q_BVP), normalise(t_BTP)), axis=0)
+  t_BPT = jnp.swapaxes(normalise(t_BTP), 1, 2)
+  cosine_VT = jnp.mean(exact_matmul(normalise(q_BVP), t_BPT), axis=0)
   different_VT = ~jnp.eye(*cosine_VT.shape, dtype=bool)
   return 2 * jnp.sum(jnp.where(different_VT, 2 - 2 * cosine_VT, 0)) / jnp.sum(different_VT)

@@ -21,6 +21,7 @@ from ssrl_jax.method import (
   check_positive,
   check_queue,
   encode_with,
+  exact_matmul,
   fold_views,
   forward,
   global_spec,
@@ -101,4 +102,4 @@ def make(
 
 def nearest(z_BP: Array, queue_QP: Array) -> Array:
   """The row of the queue with the largest cosine to each row; all rows of unit length."""
-  return queue_QP[jnp.argmax(z_BP @ queue_QP.T, axis=1)]
+  return queue_QP[jnp.argmax(exact_matmul(z_BP, queue_QP.T), axis=1)]
