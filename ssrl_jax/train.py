@@ -147,11 +147,15 @@ def train(
     moved=moved,
   )
 
+  pending, stop = [], False  # what was given to the devices and not yet looked at
+
   def save(how: Callable) -> None:
+    nonlocal pending
+    record.settle(pending)
+    pending = []
     how(state, step=step, score=record.latest.get("probe/accuracy", 0.0))
 
   edges = (config.log.every_steps, save_every, evaluations.every)
-  pending, stop = [], False
   with (
     processes.stop_on_signal() as stopped,
     closing(checkpoints),
@@ -160,8 +164,6 @@ def train(
   ):
     while step < total and not stop:
       if evaluations.due(step):
-        record.settle(pending)
-        pending = []
         save(checkpoints.save)  # nothing is lost if the run is stopped meanwhile
         record.evaluated(step, *evaluations.make(state, moved))
         if reason := evaluations.reason():
@@ -181,8 +183,6 @@ def train(
       record.settle(before)  # while those given just now run
       last = step == total or stop
       if step % save_every == 0 or last or checkpoints.due():
-        record.settle(pending)
-        pending = []
         save(checkpoints.finish if last else checkpoints.save)
   return state, step == total or bool(reason)
 
