@@ -188,13 +188,15 @@ def make_method(config: ConfigDict, run: Run) -> Method:
 
 
 def check_sizes(config: ConfigDict) -> None:
-  """Refuses whole numbers of encoder and method below 1, below 0 where that is their default."""
+  """Refuses numbers of encoder and method below 0, whole ones below 1 unless their default is 0."""
   for group in ("encoder", "method"):
     values = flatten(config[group])
     for key, default in flatten(base_config(config.method.name)[group]).items():
-      least = min(default, 1) if type(default) is int else None
-      if least is not None and values[key] < least:
-        raise ValueError(f"{group}.{key} is {values[key]}; expected {least} or more")
+      if type(default) not in (int, float):
+        continue
+      least = min(default, 1 if type(default) is int else 0)
+      if not values[key] >= least:
+        raise ValueError(f"{group}.{key} is {values[key]}; expected {least:g} or more")
 
 
 def plain_method(experiment: Experiment) -> Method:

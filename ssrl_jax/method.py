@@ -159,6 +159,22 @@ def check_fraction(method: str, **options: float) -> None:
       raise ValueError(f"{method}: {name} is {value}; it must be above 0 and below 1, e.g. 0.75")
 
 
+def check_share(method: str, **options: float) -> None:
+  for name, value in options.items():
+    if not 0 <= value <= 1:
+      raise ValueError(f"{method}: {name} is {value}; it must be between 0 and 1, e.g. 0.5")
+
+
+def check_range(method: str, *, most: float, **options: tuple[float, float]) -> None:
+  """Of two numbers, as of the areas that are drawn."""
+  for name, (low, high) in options.items():
+    if not 0 < low <= high <= most:
+      raise ValueError(
+        f"{method}: {name} is ({low}, {high}); expected the lower number first, both above 0 and "
+        f"at most {most:g}"
+      )
+
+
 def check_labelled(method: str, run: Run) -> None:
   if not run.num_classes:
     raise ValueError(

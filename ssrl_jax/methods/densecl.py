@@ -22,6 +22,7 @@ from ssrl_jax.method import (
   check_fraction,
   check_positive,
   check_queue,
+  check_share,
   encode_with,
   fold_views,
   forward,
@@ -77,6 +78,7 @@ def make(
   """
   check_positive("densecl", temperature=temperature)
   check_fraction("densecl", tau=tau)
+  check_share("densecl", dense_weight=dense_weight)
   check_queue("densecl", queue_size, run)
   global_spec(views, method="densecl", count=2)
   heads = [

@@ -37,6 +37,8 @@ from ssrl_jax.method import (
   Method,
   Run,
   ViewSpec,
+  check_fraction,
+  check_positive,
   cosine_tau,
   encode_with,
   fold_views,
@@ -136,6 +138,8 @@ def make(
       f"fusion: constraint {constraint!r} must be one of {CONSTRAINTS}, target {target!r} one of "
       f"{TARGETS}"
     )
+  check_positive("fusion", eps=eps)
+  check_fraction("fusion", tau=tau)
   if place_grid < 1 or place_weight < 0:
     raise ValueError(
       f"fusion: place_grid is {place_grid} and place_weight {place_weight}; expected at least 1, "

@@ -21,6 +21,8 @@ from ssrl_jax.method import (
   ViewSpec,
   check_fraction,
   check_positive,
+  check_range,
+  check_share,
   cosine_tau,
   encode_with,
   fold_views,
@@ -88,7 +90,8 @@ def make(
     start_teacher_temperature=start_teacher_temperature,
   )
   check_fraction("ibot", tau=tau, centre_momentum=centre_momentum)
-  check_fraction("ibot", **{f"mask_ratio {end}": x for end, x in zip(("low", "high"), mask_ratio)})
+  check_share("ibot", mask_probability=mask_probability)
+  check_range("ibot", most=0.99, mask_ratio=mask_ratio)
   patch = check_vit("ibot", encoder)
   side = global_views(views, method="ibot", at_least=2).size // patch
   options = {"norm": False, "final_norm": False, "final_bias": True, "activation": GELU}

@@ -10,6 +10,8 @@ the class token stays as a register, so set encoder.vit.pool to "mean".
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from ssrl_jax.method import (
   Run,
   ViewSpec,
   check_fraction,
+  check_range,
   encode_with,
   fold_views,
   forward,
@@ -106,6 +109,8 @@ def make(
     predictor_dim, predictor_depth, predictor_heads: of the predictor.
   """
   check_fraction("ijepa", tau=tau)
+  check_range("ijepa", most=1, target_area=target_area, context_area=context_area)
+  check_range("ijepa", most=math.inf, target_aspect=target_aspect)
   patch = check_vit("ijepa", encoder)
   side = global_views(views, method="ijepa", at_least=1, local=False).size // patch
   network = Network(encoder, predictor_dim, predictor_depth, predictor_heads)

@@ -24,6 +24,7 @@ from ssrl_jax.method import (
   Method,
   Run,
   ViewSpec,
+  check_share,
   encode_with,
   fold_views,
   forward,
@@ -75,8 +76,7 @@ def make(
     hidden_dim, out_dim, num_layers: of the projector. maps_dim: of the maps' projector (3 layers).
   """
   del run
-  if not 0 <= global_weight <= 1:
-    raise ValueError(f"vicregl: global_weight is {global_weight}; expected 0 to 1, e.g. 0.75")
+  check_share("vicregl", global_weight=global_weight)
   if num_matches < 1:
     raise ValueError(f"vicregl: num_matches is {num_matches}; expected at least 1, e.g. 20")
   global_spec(views, method="vicregl", count=2)

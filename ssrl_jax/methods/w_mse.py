@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ssrl_jax.losses.consistency import cosine_distance
 from ssrl_jax.losses.correlation import whiten
-from ssrl_jax.method import Method, Run, ViewSpec, global_spec, joint_embedding
+from ssrl_jax.method import Method, Run, ViewSpec, check_share, global_spec, joint_embedding
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
 
@@ -41,6 +41,7 @@ def make(
     hidden_dim, out_dim: of the projector.
   """
   global_spec(views, method="w_mse", count=2)
+  check_share("w_mse", eps=eps)
   if slice_size <= out_dim or run.batch_size % slice_size:
     raise ValueError(
       f"w_mse: slice_size is {slice_size}; it must exceed out_dim {out_dim} and divide batch_size "
