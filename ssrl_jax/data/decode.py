@@ -115,6 +115,8 @@ def fit(width: int, height: int, canvas: int) -> tuple[int, int]:
 def _decode_array(pixels: np.ndarray, canvas: int) -> np.ndarray:
   if not pixels.size:
     raise DamagedImage(f"array of shape {pixels.shape} has no pixels")
+  if pixels.dtype.kind in "iu" and pixels.dtype not in (np.uint8, np.uint16):
+    raise ValueError(f"array of {pixels.dtype}: 8 or 16 bits? Give uint8 or uint16")
   if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
     pixels = np.asarray(_array_to_rgb(pixels))
   return _shrink(pixels, fit(pixels.shape[1], pixels.shape[0], canvas))
@@ -123,7 +125,9 @@ def _decode_array(pixels: np.ndarray, canvas: int) -> np.ndarray:
 def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int) -> np.ndarray:
   try:
     if isinstance(image, Image.Image):
-      return _upright_rgb(image.copy(), b"", canvas)
+      copy = image.copy()
+      copy.format = image.format  # which a copy loses: inks of JPEGs hang on it
+      return _upright_rgb(copy, b"", canvas)
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     if (pixels := _plain_jpeg(data, canvas)) is not None:
       return pixels

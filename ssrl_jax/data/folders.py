@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from ssrl_jax.files import printable
 class FolderSource:
   """Pictures under `path`, or under its subfolder `split` if it has folders for splits.
 
-  Two or more subfolders that hold pictures, at any depth, are the classes, in sorted order. If
-  there are fewer, or pictures also lie beside them, nothing is labelled. Pictures are those with
+  Two or more folders directly below, with pictures at any depth, are the classes, in sorted order.
+  If there are fewer, or pictures also lie beside them, nothing is labelled. Pictures are those with
   one of `EXTENSIONS`, in any case; hidden files and folders are left out. The order is that of the
   sorted relative paths, whatever the file system's.
   """
@@ -119,8 +120,24 @@ def _split_folder(path: str, split: str) -> str:
   available = tuple(dict.fromkeys(s for s in (*known, split) if s in there))
   if available or split != "train":
     found = find_split(split, available or ("train (all of it)",), where=path)
+    if split == "train" and (others := _others_with_pictures(path, there.values())):
+      logging.warning(
+        "%s is taken for the split of %s, so pictures in its other folders (%s) are left out; if "
+        "%s is a class, give it another name", found, path, ", ".join(others[:3]), found,
+      )  # fmt: skip
     return os.path.join(path, there.get(found, found))
   return path
+
+
+def _others_with_pictures(path: str, splits: Collection[str]) -> list[str]:
+  """Folders in `path`, no split's and not hidden, that have a picture directly in them; sorted."""
+  others = [f for f in sorted(os.listdir(path)) if f not in splits and not f.startswith(".")]
+  return [
+    folder
+    for folder in others
+    if _is_folder(path, folder)
+    and any(f.lower().endswith(EXTENSIONS) for f in os.listdir(os.path.join(path, folder)))
+  ]
 
 
 def _is_folder(path: str, name: str) -> bool:

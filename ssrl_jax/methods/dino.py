@@ -4,7 +4,8 @@ Official code: facebookresearch/dino main_dino.py. The last layer's prototypes a
 length (weight norm, gain 1) and are frozen in the first epoch; the teacher's temperature
 rises; the centre is a moving average of the teacher's mean output over both global views. The
 teacher is what is evaluated. Departures: schedules run by step, not by epoch (so that a resumed run
-goes on exactly); DINOv2's Sinkhorn can stand in for centring. Weight decay 0.04 -> 0.4 and each
+goes on exactly); DINOv2's Sinkhorn can stand in for centring; the projector begins by flax's
+default, where the official code draws from a normal of 0.02. Weight decay 0.04 -> 0.4 and each
 array's gradient clipped at 3.0 belong to the optimizer (optim.weight_decay, final_weight_decay,
 clip_norm, clip_each).
 """

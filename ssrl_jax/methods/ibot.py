@@ -2,7 +2,8 @@
 
 Official code: bytedance/ibot main_ibot.py, with its shared head. The student sees global views with
 a block of patches masked, the teacher whole; patches have a centre of their own. Departures: one
-rectangle is masked in each view, where the official code joins several; schedules run by step.
+rectangle is masked in each view, where the official code joins several; schedules run by step; the
+projector begins as `dino`'s.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def make(
 
   Args:
     encoder: a ViT.
-    views: "global" with count 2, and optionally "local", which only the student sees, unmasked.
+    views: "global", 2 or more, and optionally "local", which only the student sees, unmasked.
     run: epochs and the length of tau's schedule are counted with it.
     mask_probability: of a view to be masked at all.
     mask_ratio: share of its patches, drawn uniformly from this range.

@@ -2,8 +2,8 @@
 
 Official code: facebookresearch/mae models_mae.py. The loss is on masked patches only, each target
 patch standardised with torch's unbiased variance. The class token is part of the encoder's and of
-the decoder's sequence, as there. Departure: weights begin as in all ViTs here (normal, 0.02), where
-the official code draws them from xavier_uniform.
+the decoder's sequence, as there. Departure: weights begin as in all ViTs here (normal, 0.02; the
+patch projection by flax's default), where the official code draws them from xavier_uniform.
 """
 
 from __future__ import annotations

@@ -181,6 +181,19 @@ def test_cmyk_becomes_rgb(format):
   assert np.abs(got - want)[10:14].max() <= (4 if format == "JPEG" else 1)
 
 
+def test_an_open_picture_is_decoded_as_its_file_is():
+  """Also where its format decides, as whether a JPEG's inks are inverted."""
+  cmyk = Image.fromarray(np.full((16, 16, 4), (200, 10, 60, 30), np.uint8), "CMYK")
+  data = encoded(cmyk, "JPEG")
+  np.testing.assert_array_equal(shown(Image.open(io.BytesIO(data))), shown(data))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint32, np.int8])
+def test_integers_whose_white_is_unknown_are_refused(dtype):
+  with pytest.raises(ValueError, match=r"array of u?int.*: 8 or 16 bits\? Give uint8 or uint16"):
+    shown(np.full((4, 4), 100, dtype))
+
+
 def test_animation_shows_its_first_frame():
   frames = [Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (250, 10)]
   for format in ("GIF", "WEBP"):

@@ -260,3 +260,14 @@ def test_splits_are_found_in_any_case(tmp_path):
   for split in ("train", "test"):
     source = FolderSource(str(tmp_path), split=split)
     assert (len(source), source.class_names) == (2, ("a", "b"))
+
+
+def test_a_class_named_as_a_split_is_said(tmp_path, caplog):
+  for name in ("bus/0.png", "car/0.png", "train/0.png", "notes/a.txt", "val/0.png"):
+    path = tmp_path / "set" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+  assert len(FolderSource(str(tmp_path / "set"), split="train")) == 1
+  (line,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+  assert "train is taken for the split" in line
+  assert "(bus, car)" in line
