@@ -3,7 +3,7 @@
 Command   python -m ssrl_jax.main --config=configs/cifar10_cpu.py:METHOD --config.seed=S
             --config.data.source=cifar:PATH     (the unpacked binary version; or folder:PATH)
 Hardware  2 CPU cores
-Time      3 to 10 CPU minutes at 8 epochs (rotation 11, ijepa 23, ibot 29), 11 to 17 at 20
+Time      1 to 7 CPU minutes at 6 epochs (ijepa 14, ibot 27), 11 to 17 at 20
 Expected  docs/results.md
 Status    run
 """

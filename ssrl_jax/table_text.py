@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ Record = dict[str, Any]  # see tables.measured
 def write_table(stem: Path, record: Record, *, command: str) -> str:
   """Writes STEM.md, .csv, .tex and .png; returns the Markdown."""
   stem.parent.mkdir(parents=True, exist_ok=True)
+  record = json.loads(json.dumps(record))  # as STEM.json has it: tuples are lists
   text = markdown(record, command=command)
   suffixed = lambda suffix: stem.with_name(stem.name + suffix)  # noqa: E731
   suffixed(".md").write_text(text)

@@ -24,17 +24,17 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 PAPER_BATCH = 64  # of what is trained on maps or few labels: a multiple of the devices
 
 # What the rows of a budget have in common, for the text above a table.
-CIFAR_TEXT = "CIFAR-10: ResNet-8 of width 16, 5,000 training images, 8 epochs."
+CIFAR_TEXT = "CIFAR-10: ResNet-8 of width 16, 5,000 training images, 6 epochs."
 PHOTOS_TEXT = "Pretrained on 2,800 photographs: ResNet-10 of width 24, 64 px, 12 epochs."
 IMAGENET_TEXT = "ImageNet-1k: ResNet-50, as configs/imagenet.py has it."
 
-CIFAR = {"data.source": f"folder:{DATA}/cifar10", "epochs": 8.0}
+CIFAR = {"data.source": f"folder:{DATA}/cifar10", "epochs": 6.0}
 PHOTOS = {"data.source": f"folder:{DATA}/imagenette128", "data.dry_run_examples": 2800}
 GROCERY = {"data.source": f"folder:{DATA}/grocery128", "data.dry_run_examples": 2640}
 
 
 def cifar(method: str, changes: Mapping[str, Any] = NOTHING) -> Training:
-  """ResNet-8 of width 16 on 5,000 CIFAR-10 images for 8 epochs."""
+  """ResNet-8 of width 16 on 5,000 CIFAR-10 images for 6 epochs."""
   return Training(f"configs/cifar10_cpu.py:{method}", {**CIFAR, **changes})
 
 

@@ -24,7 +24,7 @@ def get_table(budget: str) -> Table:
   if budget == "local":
     rows.append(Row("raw pixels", train("simclr"), encoder="raw_pixels"))
     text = (
-      "CIFAR-10, 5,000 training images, 8 epochs, batch 128, one seed; ResNet-8 of width 16, for "
+      "CIFAR-10, 5,000 training images, 6 epochs, batch 128, one seed; ResNet-8 of width 16, for "
       "ibot, mae and ijepa vit_nano with patches of 4; AdamW; the learning "
       "rate as configs/cifar10_cpu.py has it: for ResNets the better of 2e-2 and 2e-3, chosen on "
       "the test pictures."

@@ -3,7 +3,7 @@
 from configs.tables import IMAGENET_TEXT, PAPER_BATCH, PHOTOS_TEXT, imagenet, photos
 from ssrl_jax.table import DATA, Column, Judge, Row, Table
 
-STEPS = {"local": 300, "paper": 5_000}
+STEPS = {"local": 200, "paper": 5_000}
 SEEDS = {"fusion": (0, 1), "simclr": (0, 1), "swav": (0,)}  # of the local budget
 
 
@@ -25,7 +25,7 @@ def get_table(budget: str) -> Table:
   tuned = {**options, "evaluate.segmentation.head": "light", "evaluate.segmentation.finetune": True}
   return Table(
     title="Segmentation",
-    text=f"{PHOTOS_TEXT} CamVid, 11 classes, 300 steps of 16 pictures at 160 px."
+    text=f"{PHOTOS_TEXT} CamVid, 11 classes, 200 steps of 16 pictures at 160 px."
     if local
     else f"{IMAGENET_TEXT} VOC 2012 as folders of masks.",
     source="",
