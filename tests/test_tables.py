@@ -471,7 +471,8 @@ from ssrl_jax.table import DATA, Column, Judge, Row, Table, Training
 
 def get_table(budget):
   one = Training("configs/smoke.py:simclr", {"data.source": f"folder:{DATA}/one"})
-  two = Training("configs/smoke.py:byol", {"data.mixture": (f"cifar:{DATA}/two", f"tar:{DATA}/t*")})
+  mixture = {"data.source": "mixture", "data.mixture": (f"cifar:{DATA}/two", f"tar:{DATA}/t*")}
+  two = Training("configs/smoke.py:byol", mixture)
   return Table(
     "T", "Smoke.", "", (Row("simclr", one), Row("byol", two)),
     (Column("k-NN %", "near", "knn/accuracy"), Column("AP", "boxes", "detection/AP")),
