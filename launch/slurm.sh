@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on the nodes of a Slurm job, queued again when it is preempted or reaches its time limit.
-# Not run on a real cluster: tests run it with stand-ins for srun and scontrol.
+# Not run on a real cluster: in tests stand-ins for srun and scontrol run what they are given.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config=configs/imagenet.py --workdir=/shared/runs/a
 #
@@ -32,9 +32,11 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit 1
 python=${PYTHON:-.venv/bin/python}
 trap : TERM # to be there when the tasks have ended; they get their own
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take sbatch's
 
 if [[ -n ${PREPARE:-} ]]; then
-  srun --ntasks-per-node=1 --label bash -c "$PREPARE" || exit 1
+  # Without --ntasks it would be the job's, and --ntasks-per-node be ignored.
+  srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --label bash -c "$PREPARE" || exit 1
 fi
 
 # A process that ends must not take the others with it: they save, or write their stacks.
@@ -48,7 +50,7 @@ case $status in
   75 | 134 | 137 | 143) ;;
   *) exit "$status" ;;
 esac
-if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then
+if [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=CANCELLED* ]]; then
   echo "cancelled: not queued again"
 elif ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-20})); then
   echo "ended with $status after ${SLURM_RESTART_COUNT:-0} restarts: not queued again" >&2

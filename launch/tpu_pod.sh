@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU slice, through preemptions: requests the slice (or takes the one that is
 # there), installs, runs on all its hosts, follows, and starts again what can go on.
-# Not run on a real TPU: checked by shellcheck, and by a test with a stand-in for gcloud.
+# Not run on a real TPU: a test's stand-in for gcloud runs in a folder what is sent to each host.
 #
 #   NAME=ssrl ZONE=us-east5-b TYPE=v6e-32 VERSION=v2-alpha-tpuv6e DATA=bucket-of-data RUNS=bucket-of-runs \
 #     bash launch/tpu_pod.sh --config=configs/imagenet.py --config.data.source=folder:data/imagenet --workdir=runs/a
@@ -18,7 +18,8 @@
 #             in which a folder is renamed at once, as checkpoints are
 #   MAX_RESTARTS   default 50; POLL seconds between two looks, default 60
 #
-# Logs: runs/logs/HOST.log in the bucket, of all attempts; ends of them are shown when a run stops.
+# Logs: runs/logs/HOST.log on each host, of all attempts; their ends are shown after an error. In the
+# bucket is what was written up to the end of the last attempt: gcsfuse uploads a file as it is closed.
 # Delete the slice when all is done: gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,7 +59,11 @@ install() { # the working tree as it is committed, Python 3.12 (the images have 
   gcloud compute tpus tpu-vm scp "$tree" "$NAME:ssrl_jax.tar.gz" --zone="$ZONE" --worker=all --quiet
   rm "$tree"
   on_all "set -e
-    mkdir -p ssrl_jax && cd ssrl_jax && tar -xzf ../ssrl_jax.tar.gz && mkdir -p data runs
+    mkdir -p ssrl_jax
+    cd ssrl_jax
+    flock -w 2 lock true || exit 0 # it runs: see start_run
+    tar -xzf ../ssrl_jax.tar.gz
+    mkdir -p data runs
     command -v gcsfuse >/dev/null || {
       echo \"deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" |
         sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
@@ -74,30 +79,37 @@ install() { # the working tree as it is committed, Python 3.12 (the images have 
 }
 
 start_run() { # on every host, unless it runs there: a lost connection must not end it
+  # What is started inherits the lock, so it is free when nothing of a run is left, killed and a host
+  # that started anew included. No name is looked for: this command's own line has all of them. The
+  # wait is for a run that has written its status and is about to end.
   local arguments
   arguments=$(printf '%q ' "$@")
-  on_all "cd ssrl_jax
-    pgrep -f '[s]srl_jax.main' >/dev/null && exit 0
+  on_all "set -e
+    cd ssrl_jax
+    exec 9>>lock
+    flock -w 2 9 || exit 0
     rm -f status
     setsid nohup bash -c '.venv/bin/python -u -m ssrl_jax.main \"\$@\" >>runs/logs/\$(hostname).log 2>&1
       echo \$? >status' run $arguments </dev/null >/dev/null 2>&1 &"
 }
 
-statuses() { # a line for each host: its exit status, or 'running'; nothing if a host is gone
-  on_all "cat ssrl_jax/status 2>/dev/null || echo running" 2>/dev/null || true
+statuses() { # a line for each host: its exit status, 'running', or 'lost' (nothing runs, no status)
+  on_all "cd ssrl_jax && {
+    grep -s . status || { flock -n lock true; [ \$? = 1 ] && echo running; } || grep -s . status || echo lost
+  }" 2>/dev/null || echo "no answer"
 }
 
 while true; do
   ensure_slice
   install
   start_run "$@"
-  echo "running; logs are in the folder logs of gs://$RUNS"
+  echo "running; logs are in runs/logs on the hosts, and in gs://$RUNS/logs when they end"
   while found=$(statuses) && grep -q running <<<"$found" && [[ $(state) == ACTIVE ]]; do
     sleep "$poll"
   done
   # 0 finished everywhere; 1 is for a user to put right; all others (75 hung or left alone, 134 ended
-  # by JAX, 137 killed, 143 saved and stopped by a notice, nothing: the slice is gone) go on.
-  if [[ -n $found ]] && ! grep -qvx 0 <<<"$found"; then
+  # by JAX, 137 killed, 143 saved and stopped by a notice, lost, no answer) go on.
+  if ! grep -qvx 0 <<<"$found"; then
     echo "finished"
     exit 0
   fi
@@ -109,5 +121,5 @@ while true; do
     echo "error: restarted ${MAX_RESTARTS:-50} times; see the logs in gs://$RUNS/logs" >&2
     exit 1
   fi
-  echo "ended with $(tr '\n' ' ' <<<"${found:-no answer}"): starting again"
+  echo "ended with $(tr '\n' ' ' <<<"$found"): starting again"
 done
