@@ -171,10 +171,15 @@ def chart(record: Record) -> Figure:
   """A panel for each column: mean, deviation and each seed; the claim as an open diamond."""
   columns = [c for c in record["columns"] if compared(c)] or record["columns"]
   rows = record["rows"]
-  figure = Figure(figsize=(2.2 + 2.4 * len(columns), 1.3 + 0.3 * len(rows)), layout="constrained")
-  axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+  across = min(len(columns), 4)
+  down = -(-len(columns) // across)
+  size = (2.2 + 2.4 * across, down * (1.3 + 0.3 * len(rows)))
+  figure = Figure(figsize=size, layout="constrained")
+  axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+  for panel in axes[len(columns) :]:
+    panel.remove()
   places = range(len(rows), 0, -1)
-  for panel, column in zip(axes, columns):
+  for panel, column in zip(axes, columns, strict=False):
     for place, row in zip(places, rows):
       found = list(row["cells"][column["title"]].values())
       if found:
