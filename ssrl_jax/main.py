@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
       f"{own[0]}: a recipe is made for its method; choose it by --config=FILE:METHOD"
     )
   check_effects(config, given_keys(argv))
-  largest = max(view.size for view in view_specs(config))
+  largest = max((view.size for view in view_specs(config)), default=0)
   if largest > config.data.canvas:
     logging.warning("pictures are kept at %d px (data.canvas), and views of them enlarged to %d: a "
                     "larger canvas shows more", config.data.canvas, largest)  # fmt: skip

@@ -245,7 +245,7 @@ def test_same_command_ends_with_the_same_bytes_on_eight_devices(tmp_path):
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
   arguments = [*QUICK_RUN, "--config.steps=100000", "--config.checkpoint.every_steps=100000",
-               "--config.epochs=1", f"--workdir={tmp_path}"]  # fmt: skip
+               f"--workdir={tmp_path}"]  # fmt: skip
   process = start(*arguments)
   for line in process.stdout:
     if line.startswith("step "):
