@@ -55,7 +55,9 @@ def decode(image: Picture, *, canvas: int) -> tuple[np.ndarray, np.ndarray]:
 
   Applied: EXIF orientation, palettes, CMYK to RGB, the first frame of an animation. Transparent
   pictures are composited on grey. 16-bit grey is rescaled by 65535 (Pillow's own conversion clamps
-  it to white), floating point by 1 and must be finite in [0, 1]. Colour profiles are ignored.
+  it to white), as are integers of 32 bits; these are refused if all are at most 255, for they might
+  be of 8. Floating point is rescaled by 1 and must be finite in [0, 1]. Colour profiles are
+  ignored.
 
   Args:
     image: encoded bytes, the path of a file, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] of
@@ -115,7 +117,7 @@ def fit(width: int, height: int, canvas: int) -> tuple[int, int]:
 def _decode_array(pixels: np.ndarray, canvas: int) -> np.ndarray:
   if not pixels.size:
     raise DamagedImage(f"array of shape {pixels.shape} has no pixels")
-  if pixels.dtype.kind in "iu" and pixels.dtype not in (np.uint8, np.uint16):
+  if pixels.dtype.kind not in "bf" and pixels.dtype not in (np.uint8, np.uint16):
     raise ValueError(f"array of {pixels.dtype}: 8 or 16 bits? Give uint8 or uint16")
   if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
     pixels = np.asarray(_array_to_rgb(pixels))
@@ -221,7 +223,11 @@ def orientation(im: Image.Image) -> int:
 
 def _to_rgb(im: Image.Image) -> Image.Image:
   if im.mode.startswith("I") or im.mode == "F":
-    return _array_to_rgb(np.asarray(im))
+    pixels = np.asarray(im)
+    # Pillow has scaled a PPM to 16 bits; of another file's 32 it says nothing.
+    if im.mode == "I" and im.format != "PPM" and 0 < pixels.max() < 256:
+      raise DamagedImage("32-bit picture with values up to 255: 8 or 16 bits? Store it as either")
+    return _array_to_rgb(pixels)
   if im.has_transparency_data:
     return _on_grey(im.convert("RGBA"))
   if im.mode == "CMYK" and im.format == "JPEG" and "adobe" not in im.info:

@@ -14,7 +14,7 @@ LOSSES = ("cross_entropy", "generalised", "symmetric")
 def cross_entropy(logits_BK: Array, label_B: Array, *, smoothing: float = 0.0) -> Array:
   """-sum_k t_k log p_k, where t gives the label 1 - smoothing and all K classes smoothing / K.
 
-  Szegedy et al. 2016, section 7.
+  Szegedy et al. 2016, section 7. Labels are 0 or more: -1, unknown, is not masked here.
 
   Returns:
     float32 [B], in [0, inf).
@@ -27,7 +27,7 @@ def cross_entropy(logits_BK: Array, label_B: Array, *, smoothing: float = 0.0) -
 def generalised_cross_entropy(logits_BK: Array, label_B: Array, *, q: float) -> Array:
   """(1 - p_label^q) / q: cross-entropy as q goes to 0, half the mean absolute error at q = 1.
 
-  Zhang & Sabuncu 2018, whose value is 0.7; without their truncation.
+  Zhang & Sabuncu 2018, whose value is 0.7; without their truncation. Labels are 0 or more.
 
   Args:
     q: in (0, 1]; the larger, the less a label that looks wrong pulls.
@@ -47,6 +47,7 @@ def symmetric_cross_entropy(
 
   Wang et al. 2019. The second term takes the logarithm of a one-hot label, 0 for
   the class and `log_zero` for the others, so it is -log_zero * (1 - p_label): bounded, tolerant.
+  Labels are 0 or more.
 
   Args:
     alpha, beta: 0 or more; the paper has 0.1 and 1 for CIFAR-10, 6 and 0.1 for CIFAR-100.

@@ -185,13 +185,37 @@ def test_an_open_picture_is_decoded_as_its_file_is():
   """Also where its format decides, as whether a JPEG's inks are inverted."""
   cmyk = Image.fromarray(np.full((16, 16, 4), (200, 10, 60, 30), np.uint8), "CMYK")
   data = encoded(cmyk, "JPEG")
-  np.testing.assert_array_equal(shown(Image.open(io.BytesIO(data))), shown(data))
+  at = data.index(b"\xff\xee")  # Adobe's marker, and its length
+  plain = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+  for each in (data, plain):
+    np.testing.assert_array_equal(shown(Image.open(io.BytesIO(each))), shown(each))
+  assert np.abs(shown(plain) - shown(data)).max() > 100
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_32_bit_picture_that_may_be_of_8_is_refused(value):
+  im = Image.fromarray(np.full((4, 4), value, np.int32))
+  for image in (im, encoded(im, "TIFF")):
+    with pytest.raises(DamagedImage, match="32-bit picture with values up to 255"):
+      decode(image, canvas=32)
+
+
+def test_dark_16_bit_picture_is_dark():
+  dark = np.full((4, 4), 200, np.uint16)
+  for format in ("PNG", "TIFF", "PPM"):
+    assert shown(encoded(Image.fromarray(dark), format)).max() == 1
+  assert not shown(Image.fromarray(np.zeros((4, 4), np.int32))).any()
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint32, np.int8])
 def test_integers_whose_white_is_unknown_are_refused(dtype):
   with pytest.raises(ValueError, match=r"array of u?int.*: 8 or 16 bits\? Give uint8 or uint16"):
     shown(np.full((4, 4), 100, dtype))
+
+
+def test_array_of_no_known_type_is_refused():
+  with pytest.raises(ValueError, match="array of complex64"):
+    shown(np.zeros((4, 4), np.complex64))
 
 
 def test_animation_shows_its_first_frame():
