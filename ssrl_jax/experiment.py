@@ -23,7 +23,7 @@ from ssrl_jax.data.sampling import Sampling, make_sampling
 from ssrl_jax.method import Array, Method, Run, ViewSpec
 from ssrl_jax.methods import METHODS
 from ssrl_jax.models import make_encoder
-from ssrl_jax.options import nearest
+from ssrl_jax.options import check_numbers, nearest
 from ssrl_jax.probe import init_probe
 from ssrl_jax.state import TrainState
 from ssrl_jax.views import abstract_views, check_ramp, check_specs
@@ -188,15 +188,10 @@ def make_method(config: ConfigDict, run: Run) -> Method:
 
 
 def check_sizes(config: ConfigDict) -> None:
-  """Refuses numbers of encoder and method below 0, whole ones below 1 unless their default is 0."""
+  """As `check_numbers`, of encoder and method."""
   for group in ("encoder", "method"):
-    values = flatten(config[group])
-    for key, default in flatten(base_config(config.method.name)[group]).items():
-      if type(default) not in (int, float):
-        continue
-      least = min(default, 1 if type(default) is int else 0)
-      if not values[key] >= least:
-        raise ValueError(f"{group}.{key} is {values[key]}; expected {least:g} or more")
+    defaults = flatten(base_config(config.method.name)[group])
+    check_numbers(f"{group}.", flatten(config[group]), defaults)
 
 
 def plain_method(experiment: Experiment) -> Method:

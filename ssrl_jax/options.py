@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -33,6 +33,19 @@ def nearest_key(key: str, known: Iterable[str], what: str) -> str:
     meant = whole if whole in known else group + close[0]
     hint = f"did you mean {meant!r}? "
   return f"unknown {what} {key!r}; {hint}in {group.rstrip('.') or 'all'}: {', '.join(beside)}"
+
+
+def check_numbers(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+  """Refuses numbers below 0, and whole ones below 1 unless their default is 0.
+
+  Raises:
+    ValueError: names the option as `where` and its key.
+  """
+  for key, default in defaults.items():
+    if key in values and type(default) in (int, float):
+      least = min(default, 1 if type(default) is int else 0)
+      if not values[key] >= least:
+        raise ValueError(f"{where}{key} is {values[key]}; expected {least:g} or more")
 
 
 def keyword_defaults(f: Callable, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

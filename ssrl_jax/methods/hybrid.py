@@ -17,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 
 from ssrl_jax.method import Encoder, Method, Run, ViewSpec
-from ssrl_jax.options import keyword_defaults, nearest
+from ssrl_jax.options import check_numbers, keyword_defaults, nearest
 
 DEFAULTS: Mapping[str, Any] = {}
 
@@ -101,6 +101,7 @@ def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:
     unknown = [key for key in own if key not in known]
     if unknown:
       raise ValueError(f"hybrid: {nearest(unknown[0], known, f'option of {name}')}")
+    check_numbers(f"hybrid: {name}.", own, known)
   return {name: METHODS[name](**arguments, **options.get(name, {})) for name in terms}
 
 
