@@ -53,8 +53,10 @@ class Verdict(NamedTuple):
 
 
 def encoded(pixels: np.ndarray, mode: str, format: str, **options: Any) -> bytes:
-  buffer = io.BytesIO()
-  Image.fromarray(pixels).convert(mode).save(buffer, format, **options)
+  buffer, image = io.BytesIO(), Image.fromarray(pixels).convert(mode)
+  if mode == "I":
+    image = image.point(lambda x: x * 257)  # 16 bits: of 8 in 32 nobody knows what is white
+  image.save(buffer, format, **options)
   return buffer.getvalue()
 
 
