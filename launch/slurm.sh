@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on the nodes of a Slurm job, queued again when it is preempted or reaches its time limit.
-# Not run on a real cluster: in tests stand-ins for srun and scontrol run what they are given.
+# Not run on a real cluster: a stand-in for srun in a test runs what it is given.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config=configs/imagenet.py --workdir=/shared/runs/a
 #

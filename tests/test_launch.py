@@ -139,6 +139,8 @@ case $end in
   *) exit $end ;;
 esac
 """
+# Not there before it is installed, except that a real one must never be found.
+GCSFUSE = "gcsfuse" if shutil.which("gcsfuse") else "package"
 HOST = {
   "hostname": "echo ${HOME##*/}",
   "lsb_release": "echo jammy",
@@ -146,10 +148,7 @@ HOST = {
   "curl": 'case "$*" in *uv*) echo "mkdir -p ~/.local/bin && cp $here/uv ~/.local/bin" ;; esac',
   "uv": "if [[ $1 == venv ]]; then mkdir -p .venv/bin && cp $here/run .venv/bin/python; fi",
   "mountpoint": "[[ -e $2/mounted ]]",
-  # Not there before it is installed, except that a real one must never be found.
-  "gcsfuse"
-  if shutil.which("gcsfuse")
-  else "package": 'touch ${!#}/mounted; echo "mounts $*" >>$here/calls',
+  GCSFUSE: 'touch ${!#}/mounted; echo "mounts $*" >>$here/calls',
   "run": RUN,
 }
 INSTALLS = "uv pip install --quiet --python .venv/bin/python -e .[tpu]"
