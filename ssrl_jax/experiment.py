@@ -158,6 +158,7 @@ def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
     ValueError: names the key, and what keeps it from having an effect.
   """
   family = "resnet" if config.encoder.name.startswith("resnet") else "vit"
+  known = (config.optim.name,)  # who has the options that all have; a wrong name is found elsewhere
   for key in given:
     *groups, name = key.split(".")
     why = None
@@ -169,9 +170,7 @@ def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
       why = None if config.encoder[groups[1]].enabled else f"encoder.{groups[1]}.enabled is False"
     elif key in ("data.mixture", "data.mixture_weights") and config.data.source != "mixture":
       why = f"data.source is {config.data.source}, not mixture"
-    elif groups == ["optim"] and config.optim.name not in optim.OPTIONS_OF.get(
-      name, optim.OPTIMIZERS
-    ):
+    elif groups == ["optim"] and config.optim.name not in optim.OPTIONS_OF.get(name, known):
       why = f"optim.name is {config.optim.name}"
     if why:
       raise ValueError(f"{key} would have no effect: {why}")

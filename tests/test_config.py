@@ -171,6 +171,8 @@ def test_keys_that_have_an_effect_are_not_refused():
   keys = ["epochs", "encoder.name", "encoder.resnet.width", "encoder.fusion.width"]
   keys += ["encoder.attention.enabled", "optim.clip_ratio", "optim.momentum", "optim.weight_decay"]
   check_effects(config, keys)
+  config.optim.name = "adm"
+  check_effects(config, ["optim.name", "optim.weight_decay"])  # `make_optimizer` names it
 
 
 @pytest.mark.parametrize(
