@@ -239,6 +239,10 @@ class Checkpoints:
     """Orbax's manager anew, which looks what there is and removes what was written in vain."""
     with _quiet(), contextlib.suppress(Exception):
       self._manager.close()
+    # The writers of a failed save may still be taking away files of theirs, at which Orbax's own
+    # removing stops: what is left of it finds none.
+    for leftover in self.folder.glob("*.orbax-checkpoint-tmp"):
+      shutil.rmtree(leftover, ignore_errors=True)
     with _quiet():
       self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 

@@ -207,6 +207,26 @@ def test_full_disk_leaves_the_last_checkpoint_says_so_and_with_room_goes_on(tmp_
   assert "saved: ['1', '3']" in out.stdout, out.stderr  # nor what was written in vain
 
 
+def test_leftovers_that_vanish_while_they_are_removed_cost_no_try(tmp_path, monkeypatch):
+  """As when one array's writer still ends while another's error is already reported."""
+  checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=1, retry_seconds=0.0)
+  Flaky(monkeypatch, "save", 1)
+  checkpoints.save(make_state(1), step=1, score=0.0)
+  leftover = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "state"
+  leftover.mkdir(parents=True)
+  (leftover / "manifest.ocdbt.__lock").write_bytes(b"")
+  unlink = os.unlink
+
+  def late(path, **options):
+    unlink(path, **options)
+    if str(path).endswith("__lock"):
+      raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+  monkeypatch.setattr(os, "unlink", late)
+  checkpoints.finish(make_state(2), step=2, score=0.0)
+  assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["2"]
+
+
 class Flaky:
   """Fails the first `times` calls of an Orbax method with an error of the disk."""
 
