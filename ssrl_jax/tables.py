@@ -33,6 +33,7 @@ from ssrl_jax.flops import measured_matmul_flops
 from ssrl_jax.run_folder import load_config, wait_until_free
 from ssrl_jax.table import DATA, Column, Judge, Row, Table, Training, load_tables, resolve
 from ssrl_jax.table_text import write_table
+from ssrl_jax.watch import costs_file
 
 # Of a run's config, what says nothing about the trained encoder, or differs from run to run.
 NO_MATTER = (*(key for key in HARMLESS if key not in ("epochs", "steps")), "data.source", "seed")
@@ -285,6 +286,22 @@ def values(table: Table, row: Row, column: Column, workdirs: Sequence[Path]) -> 
   return found
 
 
+def spent(tables: Sequence[Table], workdirs: Sequence[Path]) -> str:
+  """A line: what the trainings and evaluations that there are have cost, shared ones once."""
+  trained: set[Path] = set()
+  judged: set[Path] = set()
+  for table in tables:
+    for folder in (run.folder(workdirs) for run in runs_of(table)):
+      trained.add(folder / "costs.json")
+      judged |= {costs_file(judged_file(folder, k, judge)) for k, judge in table.judges.items()}
+
+  def told(paths: Set[Path], what: str) -> str:
+    costs = [json.loads(path.read_text())["cpu_seconds"] for path in paths if path.exists()]
+    return f"{what} {sum(costs) / 3600:.2g} CPU hours (of {len(costs)})"
+
+  return f"{told(trained, 'trainings')}, {told(judged, 'evaluations')}"
+
+
 def plan(
   tables: Sequence[Table],
   workdirs: Sequence[Path],
@@ -375,6 +392,7 @@ def cli(argv: list[str]) -> int:
       record = measured(table, workdirs)
       write_json(workdirs[0] / f"{name}.json", record | {"command": command})
       print_line(write_table(workdirs[0] / name, record, command=command))
+    print_line(f"cost: {spent([table for _, table in tables], workdirs)}")
     for line in failed:
       print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0

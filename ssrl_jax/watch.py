@@ -14,12 +14,18 @@ RATES = ("images_per_second", "data_wait_percent", "mfu_percent")
 COSTS = ("wall_seconds", "cpu_seconds")
 
 
+def costs_file(figures: Path) -> Path:
+  """Where the costs of an evaluation are whose figures are in the file `figures`."""
+  return figures.with_name(f"{figures.stem}-costs.json")
+
+
 class Costs:
-  """What a run has cost over all its starts, in seconds, kept in WORKDIR/costs.json.
+  """What a run, or an evaluation, has cost over all its starts, in seconds, kept in a file.
 
   wall_seconds: from `started` (of `time.monotonic`) on. cpu_seconds: processor time of all threads,
   imports included; of the first process alone, and not of its readers (`data.workers`). What a
-  killed start did after it had last been kept, which every line of metrics.jsonl does, is missing.
+  killed start did after it had last been kept, which every line of metrics.jsonl and every protocol
+  does, is missing.
   """
 
   def __init__(self, path: Path, *, started: float, writes: bool = True):

@@ -113,6 +113,9 @@ def test_evaluate_gives_the_run_s_own_figures(finished):
     == (results(folder)["results"]["trained"]["knn/accuracy"])
   )
   assert "linear" not in out
+  costs = json.loads((folder / "evaluation-costs.json").read_text())
+  assert 0 < costs["wall_seconds"] < 600
+  assert costs["cpu_seconds"] > 0
 
 
 def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(finished, tmp_path):

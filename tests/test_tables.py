@@ -184,6 +184,17 @@ def test_all_tables_of_a_folder_are_shared_out_without_a_training_done_twice(tmp
     assert tables.missing(table, [tmp_path / "1", tmp_path / "2"]) == ([], [])
 
 
+def test_what_tables_have_cost_counts_what_they_share_once(tmp_path):
+  make(tmp_path, Stand_in())
+  for path in tmp_path.glob("runs/*/results.json"):
+    path.with_name("costs.json").write_text(json.dumps({"cpu_seconds": 720.0}))
+  for path in tmp_path.glob("runs/*/judged/*.json"):
+    path.with_name(f"{path.stem}-costs.json").write_text(json.dumps({"cpu_seconds": 360.0}))
+  line = "trainings 1 CPU hours (of 5), evaluations 0.5 CPU hours (of 5)"
+  assert tables.spent([TABLE, TABLE._replace(rows=TABLE.rows[:2])], [tmp_path]) == line
+  assert tables.spent([TABLE], [tmp_path / "none"]).startswith("trainings 0 CPU hours (of 0)")
+
+
 def test_a_folder_is_all_of_its_tables(tmp_path):
   names = [name for name, _ in load_tables("configs/tables:paper")]
   assert names == sorted(f"{p.stem}-paper" for p in Path("configs/tables").glob("[a-z]*.py"))
@@ -374,10 +385,11 @@ def test_the_command_trains_judges_writes_and_finds_everything_done_the_next_tim
   first = capsys.readouterr().out
   assert "train\n" in first
   assert "near of trained, random_init\n" in first
+  assert re.search(r"cost: trainings 0\.00\d+ CPU hours \(of 1\), evaluations 0\.00\d+ ", first)
   record = json.loads((tmp_path / "out" / "real-local.json").read_text())
   for row in record["rows"]:
     assert 0 <= row["cells"]["k-NN %"]["0"] <= 100
-  (judged,) = (tmp_path / "out").glob("runs/*/judged/*.json")
+  (judged,) = (tmp_path / "out").glob("runs/*/judged/near-????????.json")
   options = json.loads(judged.read_text())
   assert options["options"]["knn"]["k"] == 5
   assert options["data"]["num_test"] == 32

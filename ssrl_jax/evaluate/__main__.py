@@ -1,7 +1,8 @@
 """python -m ssrl_jax.evaluate --workdir=DIR [--evals=knn,linear] [--evaluate.PROTOCOL.KEY=VALUE]
 
 Evaluates the newest whole checkpoint of a finished or running run, adds the figures to
-DIR/evaluation.json, and writes pictures and tables to DIR/evaluation/. Nothing else is touched.
+DIR/evaluation.json (and what that cost to DIR/evaluation-costs.json), and writes pictures and
+tables to DIR/evaluation/. Nothing else is touched.
 With --step=N the checkpoint of that step, into DIR/evaluation-N.json.
 `--data.source=folder:PATH` and the other keys of `data` judge it on other pictures. Keys may also
 be written as training has them, --config.evaluate.PROTOCOL.KEY=VALUE.
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,18 +27,28 @@ from ssrl_jax.command_line import check_no_more, define_step, help_asked, print_
 from ssrl_jax.config import flatten
 from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS
-from ssrl_jax.evaluate.suite import evaluate_run, load_run, open_test, results_table, select
+from ssrl_jax.evaluate.suite import (
+  Results,
+  check_encoders,
+  evaluate_run,
+  load_run,
+  open_test,
+  results_table,
+  select,
+)
 from ssrl_jax.experiment import open_split
 from ssrl_jax.files import check_folder
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.options import nearest_key
 from ssrl_jax.run_folder import load_config, merge_evaluation
 from ssrl_jax.state import state_digest
+from ssrl_jax.watch import Costs, costs_file
 
 GROUPS = ("evaluate", "data", "mesh")  # of a run's config, that an evaluation may change
 
 
 def run(values: flags.FlagValues, config: ConfigDict) -> int:
+  started = time.monotonic()
   folder = Path(values.workdir).expanduser()
   name = "evaluation" if values.step is None else f"evaluation-{values.step}"
   out = Path(values.out).expanduser() if values.out else folder / f"{name}.json"
@@ -53,7 +65,7 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   own = {protocol.needs for protocol in select(values.evals).values()} <= {"nothing"}
   train = NoPictures() if own else open_split(config, "train")
   test = open_test(experiment, train, values.evals)
-  encoders = tuple(filter(None, values.encoders.split(",")))
+  encoders = check_encoders(values.encoders)
   facts = {
     "options": {name: config[name].to_dict() for name in GROUPS},
     "step": int(state.step),
@@ -61,6 +73,12 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   }
   quiet = config.watchdog.evaluation_minutes
   out.parent.mkdir(parents=True, exist_ok=True)
+  costs = Costs(costs_file(out), started=started, writes=jax.process_index() == 0)
+
+  def keep(results: Results) -> None:
+    merge_evaluation(out, results, **facts)
+    costs.keep()
+
   stacks = out.with_name(f"{out.stem}-stacks-{jax.process_index()}-{os.getpid()}.txt")
   with processes.watchdog(
     stacks, first_minutes=quiet, minutes=quiet, of="batch of the evaluation"
@@ -68,7 +86,7 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
     evaluated = evaluate_run(
       experiment, state, train, test, evals=values.evals, say=say,
       folder=out.with_suffix(""), other=other, encoders=encoders,
-      keep=lambda results: merge_evaluation(out, results, **facts), moved=moved,
+      keep=keep, moved=moved,
     )  # fmt: skip
   say(results_table(evaluated.results))
   evaluated.check()
@@ -113,6 +131,7 @@ def cli(argv: list[str]) -> int:
     if values.out and not values.out.endswith(".json"):
       raise ValueError(f"--out={values.out}: expected a file NAME.json; pictures go into NAME")
     select(values.evals)  # an unknown one is said before a checkpoint is read
+    check_encoders(values.encoders)
     for flag in ("workdir", "other"):
       check_folder(Path(values[flag].value).expanduser(), f"--{flag}")
     check_folder(Path(values.out).expanduser().parent, "--out")

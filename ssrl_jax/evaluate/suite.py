@@ -195,9 +195,6 @@ def evaluate_run(
   if other:
     second = trained_evaluation(other.experiment, other.state, train, test)
     trained = dataclasses.replace(trained, other=dataclasses.replace(second, moved=moved))
-  for name in encoders:
-    if name not in TITLES:
-      raise ValueError(nearest(name, TITLES, "encoder"))
   encoders = encoders or tuple(TITLES)[: None if experiment.config.evaluate.controls else 1]
   results: Results = {}
   refused: dict[str, Exception] = {}
@@ -220,6 +217,15 @@ def evaluate_run(
       results[name] = figures
       say(f"evaluated {TITLES[name]} in {time.perf_counter() - start:.1f} s")
   return Evaluated(results, trained if test is not None else None, refused)
+
+
+def check_encoders(text: str) -> tuple[str, ...]:
+  """ "trained,random_init" -> its names. Raises ValueError if one is none of TITLES."""
+  names = tuple(filter(None, text.split(",")))
+  for name in names:
+    if name not in TITLES:
+      raise ValueError(nearest(name, TITLES, "encoder"))
+  return names
 
 
 def control(name: str, trained: Evaluation, experiment: Experiment) -> Evaluation:
