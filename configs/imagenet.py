@@ -79,7 +79,7 @@ METHODS = {
   "byol": {**LARC, **BYOL_VIEWS, "optim.learning_rate": 0.45},
   "simsiam": {**MOCO, "batch_size": 512, "optim.learning_rate": 0.05},
   "barlow_twins": {**LARC, **BYOL_VIEWS, "batch_size": 2048, "optim.learning_rate": 0.2},
-  "vicreg": {**LARC, **BYOL_VIEWS, "batch_size": 2048, "optim.learning_rate": 0.2},
+  "vicreg": {**LARC, **BYOL_VIEWS, "batch_size": 512, "optim.learning_rate": 0.3},
   "w_mse": {
     **ADAMW,
     **MOCO_VIEWS,
@@ -181,6 +181,7 @@ METHODS = {
   "rotation": {
     **MOCO,
     "global_views.count": 4,
+    "global_views.area": (0.08, 1.0),
     "global_views.jitter": 0.0,
     "global_views.greyscale": 0.0,
     "global_views.blur": (0.0,),
@@ -190,6 +191,8 @@ METHODS = {
     **MOCO,
     "global_views.count": 1,
     "global_views.size": 255,
+    "global_views.area": (0.6, 1.0),
+    "global_views.aspect": (1.0, 1.0),
     "global_views.jitter": 0.0,
     "global_views.greyscale": 0.66,
     "global_views.blur": (0.0,),

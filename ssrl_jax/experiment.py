@@ -151,6 +151,21 @@ def build(
   )
 
 
+# A key, its value that switches others off, and how their names begin.
+SWITCHES = (
+  ("encoder.fusion.enabled", False, "encoder.fusion."),
+  ("encoder.attention.enabled", False, "encoder.attention."),
+  ("local_views.count", 0, "local_views."),
+  ("views_ramp.start", 1.0, "views_ramp.epochs"),
+  ("optim.clip_norm", 0.0, "optim.clip_each"),
+  ("data.sampling", "uniform", "data.sampling_power"),
+  ("data.cache", "", "data.cache_mib"),
+  ("data.cache", "", "data.steps_ahead"),
+  ("guard.on_bad_step", "stop", "guard.patience"),
+  ("evaluate.during.every_steps", 0, "evaluate.during."),
+)
+
+
 def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
   """Refuses a key that was given for this run and that nothing of it reads.
 
@@ -158,6 +173,7 @@ def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
     ValueError: names the key, and what keeps it from having an effect.
   """
   family = "resnet" if config.encoder.name.startswith("resnet") else "vit"
+  flat = flatten(config)
   known = (config.optim.name,)  # who has the options that all have; a wrong name is found elsewhere
   for key in given:
     *groups, name = key.split(".")
@@ -166,12 +182,13 @@ def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
       why = f"steps is {config.steps}, which decides; set steps=0"
     elif groups in (["encoder", "resnet"], ["encoder", "vit"]) and groups[1] != family:
       why = f"encoder.name is {config.encoder.name}"
-    elif groups in (["encoder", "fusion"], ["encoder", "attention"]) and name != "enabled":
-      why = None if config.encoder[groups[1]].enabled else f"encoder.{groups[1]}.enabled is False"
     elif key in ("data.mixture", "data.mixture_weights") and config.data.source != "mixture":
       why = f"data.source is {config.data.source}, not mixture"
     elif groups == ["optim"] and config.optim.name not in optim.OPTIONS_OF.get(name, known):
       why = f"optim.name is {config.optim.name}"
+    for switch, off, others in SWITCHES:
+      if key.startswith(others) and key != switch and flat[switch] == off:
+        why = f"{switch} is {off!r}"
     if why:
       raise ValueError(f"{key} would have no effect: {why}")
 

@@ -281,11 +281,18 @@ def make_target(params: Params, batch_stats: Any, names: tuple[str, ...]) -> dic
 
 
 def update_target(method_state: MethodState, params: Params, tau: Array | float) -> MethodState:
-  """The target's parameters moved towards the online ones: tau is the fraction that is kept."""
+  """The target's parameters moved towards the online ones: tau is the fraction that is kept.
+
+  Online ones that the target lacks, heads or what another term of `hybrid` adds, are passed by.
+  """
+
+  def move(target, online):
+    if isinstance(target, Mapping):
+      return {name: move(target[name], online[name]) for name in target}
+    return target * tau + online * (1 - tau)
+
   target = method_state["target"]
-  online = {name: params[name] for name in target["params"]}
-  moved = jax.tree.map(lambda t, o: t * tau + o * (1 - tau), target["params"], online)
-  return method_state | {"target": target | {"params": moved}}
+  return method_state | {"target": target | {"params": move(target["params"], params)}}
 
 
 def cosine_tau(base: float, step: Array, total_steps: int) -> Array:

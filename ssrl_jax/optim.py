@@ -45,7 +45,7 @@ def decay_mask(params: Any) -> Any:
   """True for arrays of two or more axes; biases and the weights of norms are left alone.
 
   SimCLR, BYOL, Barlow Twins and VICReg exclude these from weight decay and from LARS' adaptation
-  alike. (SwAV's LARC excludes nothing, nor does the SGD of MoCo, SimSiam and DenseCL.)
+  alike. (Who excludes less: docs/methods.md, "Which views, heads and optimizer".)
   """
   return jax.tree.map(lambda p: p.ndim > 1, params)
 

@@ -42,7 +42,16 @@ def make_mesh(
     raise ValueError(
       f"mesh.devices is {num_devices}, but {len(devices)} devices are present; 0 = all"
     )
-  groups = _slices(devices[: num_devices or None], slices)
+  chosen = devices[: num_devices or None]
+  held = dict.fromkeys(sorted({d.process_index for d in devices}), 0)
+  for device in chosen:
+    held[device.process_index] += 1
+  if len(set(held.values())) > 1:
+    raise ValueError(
+      f"mesh.devices is {num_devices}, of which the {len(held)} processes hold "
+      f"{list(held.values())}; all must hold as many: give 0 = all, or start fewer processes"
+    )
+  groups = _slices(chosen, slices)
   size = len(groups[0])
   if fsdp < 0 or size % (fsdp or size):
     raise ValueError(

@@ -150,6 +150,13 @@ def test_folder_of_other_pictures_is_refused(tmp_path):
     ("encoder.resnet.width", {"encoder.name": "vit_s"}, "encoder.name is vit_s"),
     ("encoder.fusion.width", {}, "encoder.fusion.enabled is False"),
     ("encoder.attention.width", {}, "encoder.attention.enabled is False"),
+    ("local_views.size", {}, "local_views.count is 0"),
+    ("views_ramp.epochs", {}, "views_ramp.start is 1.0"),
+    ("optim.clip_each", {}, "optim.clip_norm is 0.0"),
+    ("data.sampling_power", {}, "data.sampling is 'uniform'"),
+    ("data.cache_mib", {}, "data.cache is ''"),
+    ("guard.patience", {}, "guard.on_bad_step is 'stop'"),
+    ("evaluate.during.num_train", {}, "evaluate.during.every_steps is 0"),
     ("data.mixture", {}, "data.source is digit_scenes, not mixture"),
     ("optim.momentum", {"optim.name": "adamw"}, "optim.name is adamw"),
     ("optim.b1", {"optim.name": "lars"}, "optim.name is lars"),
@@ -170,6 +177,9 @@ def test_keys_that_have_an_effect_are_not_refused():
   config.encoder.fusion.enabled = True
   keys = ["epochs", "encoder.name", "encoder.resnet.width", "encoder.fusion.width"]
   keys += ["encoder.attention.enabled", "optim.clip_ratio", "optim.momentum", "optim.weight_decay"]
+  config.local_views.count, config.optim.clip_norm = 2, 3.0
+  keys += ["local_views.count", "local_views.size", "optim.clip_each"]
+  keys += ["evaluate.during.every_steps"]
   check_effects(config, keys)
   config.optim.name = "adm"
   check_effects(config, ["optim.name", "optim.weight_decay"])  # `make_optimizer` names it

@@ -70,6 +70,14 @@ def test_mesh_that_devices_cannot_form_is_an_error(options, message):
     parallel.make_mesh(**options)
 
 
+def test_mesh_of_devices_that_processes_hold_unevenly_is_an_error():
+  devices = [Named(i, slice_index=0, process_index=i // 2) for i in range(4)]
+  assert parallel.make_mesh(devices=devices).size == 4
+  for n, held in ((2, r"\[2, 0\]"), (3, r"\[2, 1\]")):
+    with pytest.raises(ValueError, match=rf"mesh.devices is {n}, of which the 2 .* hold {held}"):
+      parallel.make_mesh(n, devices=devices)
+
+
 @pytest.mark.parametrize("num_devices", [-1, 9])
 def test_mesh_of_absent_devices_is_an_error(num_devices):
   with pytest.raises(ValueError, match=rf"mesh.devices is {num_devices}, but 8 .* 0 = all"):

@@ -79,8 +79,17 @@ class ArrayRecordSource:
     return example | {"frames": tuple(pictures)} if record["clip"] else example
 
   def name(self, i: int) -> str:
-    """What the example was called where it came from."""
-    return os.fsdecode(self._record(i)["name"])
+    """What the example was called where it came from; of one that cannot be read, its place."""
+    try:
+      return os.fsdecode(self._record(i)["name"])
+    except DamagedImage:
+      shard, at = self._place(i)
+      return f"{self._shards[shard]}, record {at}"
+
+  def _place(self, position: Any) -> tuple[Any, Any]:
+    """Shard and record within it, of one position or of an array of them."""
+    shard = np.searchsorted(self._ends, position, side="right")
+    return shard, position - np.concatenate([[0], self._ends])[shard]
 
   def _record(self, i: int) -> dict[str, Any]:
     (record,) = self._read(np.array([i]))
@@ -88,8 +97,7 @@ class ArrayRecordSource:
 
   def _read(self, position_N: np.ndarray) -> list[dict[str, Any]]:
     """Records, those of a shard in one call: one by one would cost more than small pictures do."""
-    shard_N = np.searchsorted(self._ends, position_N, side="right")
-    at_N = position_N - np.concatenate([[0], self._ends])[shard_N]
+    shard_N, at_N = self._place(position_N)
     records: dict[int, dict[str, Any]] = {}
     for k in np.unique(shard_N).tolist():
       mine = np.flatnonzero(shard_N == k)

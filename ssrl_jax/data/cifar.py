@@ -45,7 +45,8 @@ class CifarSource:
 
   Raises:
     FileNotFoundError: neither is there, or not all of it.
-    ValueError: a file that is no whole number of pictures, or a class without a name.
+    ValueError: both are there, a file that is no whole number of pictures, or a class without a
+      name.
   """
 
   def __init__(self, path: str, *, split: str):
@@ -56,6 +57,8 @@ class CifarSource:
     if not found:
       names = " or ".join(form.folder for form in FORMS)
       raise FileNotFoundError(f"cifar:{path} holds no {names}: unpack the binary version there")
+    if len(found) > 1:
+      raise ValueError(f"cifar:{path} holds {' and '.join(str(f) for f, _ in found)}; name one")
     folder, form = found[0]
     self._files = [folder / f for f in form.files[find_split(split, tuple(form.files), where=path)]]
     rows = [_rows(file, form.labels + PIXELS) for file in self._files]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ssrl_jax import parallel
 from ssrl_jax.data.pipeline import each_as_trained
-from ssrl_jax.data.sources import Source
+from ssrl_jax.data.sources import Source, has_frames
 
 
 def load(
@@ -30,7 +30,7 @@ def load(
   Raises:
     ValueError: too large, or clips, whose frames are drawn anew in each epoch.
   """
-  if "frames" in source[0]:
+  if has_frames(source):
     raise ValueError(
       f"data.cache is 'device', but {source!r} has clips, of which each epoch draws other frames; "
       "set data.cache to ''"

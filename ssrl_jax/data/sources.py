@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from ssrl_jax.data.arrayrecord import ArrayRecordSource
 from ssrl_jax.data.cifar import CifarSource
+from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.folders import ClipSource, FolderSource
 from ssrl_jax.data.hf import HfSource
 from ssrl_jax.data.listing import describe, find_split
@@ -144,11 +146,19 @@ def check_frames(source: Source, frames: int, span: int) -> None:
     )
   whole = source.whole if isinstance(source, Subset) else source
   for part in whole.parts if isinstance(whole, Mixture) else (whole,):
-    if (frames > 1 or span) and "frames" not in part[0]:
+    if (frames > 1 or span) and not has_frames(part):
       raise ValueError(
         f"data.frames is {frames} and data.frame_span {span}, but {part!r} has still pictures; set "
         "them to 1 and 0, or give data.source=clips:PATH"
       )
+
+
+def has_frames(source: Source) -> bool:
+  """Whether its examples are clips, by the first that can be read."""
+  for i in range(len(source)):
+    with contextlib.suppress(DamagedImage):
+      return "frames" in source[i]
+  return False
 
 
 def read_together(source: Source, positions: Sequence[int]) -> dict[int, dict[str, Any]]:

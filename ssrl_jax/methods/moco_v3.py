@@ -32,8 +32,8 @@ from ssrl_jax.method import (
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
-# A ViT's patch projection, by itself or within another encoder.
-PATCHES = ("encoder/patches", "encoder/backbone/patches")
+# A ViT's patch projection, by itself or within one or both of the other encoders.
+PATCHES = tuple(f"encoder/{'backbone/' * depth}patches" for depth in range(3))
 
 
 def make(

@@ -4,8 +4,8 @@ Official code: facebookresearch/swav main_swav.py. Prototypes are brought to uni
 every step (here after every update, and at init), are frozen at first, and codes come from
 Sinkhorn over the batch and, late in training, a queue. The loss of each of the two global views'
 codes is the mean over all other views. Departures: the queue is filled from the start, and used
-from `queue_start`; BatchNorm statistics over all views of a size at once, as the official code does
-for crops of one size.
+from `queue_start`; the recipe's batch norms and LARC: docs/methods.md. As there, the encoder's
+BatchNorms take crops of one size at once, the projector's all crops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from ssrl_jax.method import (
   check_queue,
   encode_with,
   fold_views,
-  forward,
   global_views,
   init_network,
   normalise,
@@ -90,9 +89,10 @@ def make(
     return jnp.where(step >= first_queue_step, with_queue_BK, alone_BK)
 
   def loss(params, method_state, views, key, step):
-    keys = jax.random.split(key)
-    (h_BVD, z_BVP, s_BVK), stats = forward(
-      network, params, method_state["batch_stats"], views["global"], keys[0]
+    variables = {"params": params, "batch_stats": method_state["batch_stats"]}
+    crops = [views[name] for name in ("global", "local") if name in views]
+    (h_BVD, z_BVP, s_BVK), mutated = network.apply(
+      variables, crops, True, mutable=["batch_stats"], rngs={"dropout": key}, method="crops"
     )
     kernel_KP = params["predictor"]["kernel"]
     codes_BTK = jax.lax.stop_gradient(
@@ -100,13 +100,10 @@ def make(
         [codes(s_BVK[:, t], t, method_state, kernel_KP, step) for t in range(NUM_CODED)], axis=1
       )
     )
-    if "local" in views:
-      (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
-      s_BVK = jnp.concatenate([s_BVK, s], axis=1)
     value = cross_view_entropy(codes_BTK, s_BVK, temperature=temperature)
     usage_K = jnp.mean(codes_BTK, axis=(0, 1))
     z_BVP = jax.lax.stop_gradient(normalise(z_BVP))
-    new_state = {"batch_stats": stats}
+    new_state = {"batch_stats": mutated.get("batch_stats", {})}
     if queue_size:
       old = method_state["queue"]
       new_state["queue"] = jnp.stack([push(old[t], z_BVP[:, t]) for t in range(NUM_CODED)])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ssrl_jax.method import Array, normalise
+from ssrl_jax.method import Array, fold_views, normalise, unfold_views
 from ssrl_jax.models.resnet import batch_norm
 
 GELU = functools.partial(nn.gelu, approximate=False)  # as PyTorch's
@@ -76,6 +76,19 @@ class JointEmbedding(nn.Module):
     """What a target network computes: everything but the prediction."""
     h_ND = self.encoder(images, train).pooled
     return h_ND, self.projector(h_ND, train)
+
+  def crops(self, groups: Sequence[Array], train: bool) -> tuple[Array, Array, Array]:
+    """As a call, of views of several sizes [B, V, h, w, 3]: [B, sum of V, ...].
+
+    The encoder takes one size after the other, the heads all at once, and so do BatchNorms in them.
+    """
+    h_BVD = jnp.concatenate(
+      [unfold_views(self.encoder(fold_views(x), train).pooled, x.shape[1]) for x in groups], axis=1
+    )
+    h_ND = fold_views(h_BVD)
+    z_NP = self.projector(h_ND, train)
+    q_NP = self.predictor(z_NP, train) if self.predictor else z_NP
+    return unfold_views((h_ND, z_NP, q_NP), h_BVD.shape[1])
 
 
 class Prototypes(nn.Module):

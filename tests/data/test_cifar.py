@@ -56,6 +56,9 @@ def test_what_is_not_whole_is_refused(tmp_path):
   folder, _ = write(tmp_path, fine=False)
   with pytest.raises(ValueError, match="has no split 'extra'"):
     open_source(f"cifar:{folder}", split="extra")
+  write(tmp_path, fine=True)
+  with pytest.raises(ValueError, match=r"cifar-10-batches-bin and .*cifar-100-binary; name one"):
+    open_source(f"cifar:{tmp_path}", split="train")
   (folder / "batches.meta.txt").write_text("ant\n")
   with pytest.raises(ValueError, match="has label 3, of 1 names"):
     open_source(f"cifar:{folder}", split="train")

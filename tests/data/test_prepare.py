@@ -206,6 +206,7 @@ def test_a_damaged_record_is_damage_and_a_missing_shard_is_named(folder, tmp_pat
   first.write_bytes(content)
   source = open_source(name, split="train")
   assert source[0]["image"][:2] == b"\xff\xd8"  # the JPEG before it is whole
+  assert source.name(1).endswith("00000-of-00002.arrayrecord, record 1")
   with pytest.raises(DamagedImage, match=r"00000-of-00002\.arrayrecord, record 1: .*hash mismatch"):
     source[1]
   half = open_source(f"{name}/train/00001*", split="train")

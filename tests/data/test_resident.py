@@ -6,6 +6,7 @@ import pytest
 
 from ssrl_jax import parallel
 from ssrl_jax.data import resident
+from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.data.sampling import Sampling
 from ssrl_jax.data.sources import open_source
@@ -68,6 +69,18 @@ def test_damaged_picture_is_named_once(caplog):
     batches.close()
   assert drawn > 1
   assert sum("example 7 of Greys(21) is damaged" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_first_picture_may_be_one_whose_bytes_cannot_be_had():
+  class Holed(Greys):
+    def __getitem__(self, i):
+      if i == 0:
+        raise DamagedImage("gone")
+      return super().__getitem__(i)
+
+  options = {"limit_mib": 1.0, "canvas": 8, "workers": 0, "threads": 2}
+  _, substituted = resident.load(Holed(), mesh=parallel.make_mesh(1), **options)
+  assert np.flatnonzero(substituted).tolist() == [0, 7]
 
 
 def test_set_that_does_not_fit_is_refused_with_what_it_needs():

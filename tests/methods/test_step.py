@@ -89,9 +89,10 @@ def test_resumed_step_gives_the_same_bytes(stepped, tmp_path):
   [
     ("moco_v3", {}),
     ("moco_v3", {"encoder.fusion.enabled": True}),
+    ("moco_v3", {"encoder.fusion.enabled": True, "encoder.attention.enabled": True}),
     ("hybrid", {"method.terms": ("moco_v3", "simclr"), "method.options": {}}),
   ],
-  ids=["vit", "vit within fusion", "term of hybrid"],
+  ids=["vit", "vit within fusion", "vit within both", "term of hybrid"],
 )
 def test_moco_v3_leaves_the_patch_projection_as_it_is(method, changes):
   """Section 4.2 of its paper: no decay and no LARS on it either."""
@@ -106,6 +107,21 @@ def test_moco_v3_leaves_the_patch_projection_as_it_is(method, changes):
   moved = dict(named_leaves(jax.tree.map(lambda a, b: np.any(a != b), params, after)))
   still = {name for name, has in moved.items() if not has}
   assert still == {name for name in moved if "/patches/" in name} != set()
+
+
+def test_targets_of_a_hybrid_pass_by_what_another_term_adds_to_the_encoder():
+  """ibot's mask token, which byol's target has not."""
+  small = {"hidden_dim": 8, "out_dim": 4}
+  options = {"byol": small, "ibot": {**small, "num_prototypes": 8}}
+  changes = {"method.terms": ("byol", "ibot"), "method.options": options}
+  experiment = make_experiment("hybrid", {**VIT, **changes})
+  state = jax.eval_shape(lambda: make_state(experiment))
+  after = jax.eval_shape(
+    experiment.method.after_update, state.params, state.method_state, state.step
+  )
+  assert jax.tree.structure(after) == jax.tree.structure((state.params, state.method_state))
+  assert "mask_token" in after[0]["encoder"]
+  assert "mask_token" not in after[1]["byol"]["target"]["params"]["encoder"]
 
 
 def test_no_gradient_of_what_is_never_trained():

@@ -147,6 +147,38 @@ def test_prototypes_and_their_gradient_stay_finite(scale):
     assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
+def test_crops_of_two_sizes_meet_in_the_heads_batchnorm_alone():
+  """As facebookresearch/swav's forward: the backbone size by size, forward_head once."""
+
+  class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+      h_ND = nn.Dense(6)(jnp.mean(images, axis=(1, 2)))
+      return Features(nn.BatchNorm(not train)(h_ND), {})
+
+  rng = np.random.default_rng(0)
+  groups = [rng.normal(size=(4, v, s, s, 3)).astype(np.float32) for v, s in ((2, 3), (3, 2))]
+  model = JointEmbedding(Encoder(), MLP(5, 4, final_norm=False), Prototypes(3))
+  variables = model.init(jax.random.key(0), groups[0][:, 0], True)
+  options = {"mutable": ["batch_stats"]}
+  (h, z, s), _ = model.apply(variables, groups, True, method="crops", **options)
+  assert (h.shape, z.shape, s.shape) == ((4, 5, 6), (4, 5, 4), (4, 5, 3))
+  own = {k: v["encoder"] for k, v in variables.items()}
+  start = 0
+  for x in groups:
+    flat = x.reshape(-1, *x.shape[2:])
+    alone, _ = Encoder().apply(own, flat, True, **options)
+    stop = start + x.shape[1]
+    np.testing.assert_allclose(h[:, start:stop].reshape(-1, 6), alone.pooled, rtol=1e-5, atol=1e-6)
+    start = stop
+  own = {k: v["projector"] for k, v in variables.items() if "projector" in v}
+  projector = MLP(5, 4, final_norm=False)
+  together, _ = projector.apply(own, h.reshape(-1, 6), True, **options)
+  np.testing.assert_allclose(z.reshape(-1, 4), together, rtol=1e-5, atol=1e-6)
+  apart, _ = projector.apply(own, h[:, :2].reshape(-1, 6), True, **options)
+  assert np.max(np.abs(z[:, :2].reshape(-1, 4) - apart)) > 1e-2
+
+
 def test_joint_embedding_projects_what_a_target_needs_and_predicts_from_it():
   class Encoder(nn.Module):
     @nn.compact
