@@ -102,12 +102,18 @@ def _slices(devices: Sequence[Any], num_slices: int) -> list[list[Any]]:
   return [devices[i : i + size] for i in range(0, n, size)]
 
 
+class Indivisible(ValueError):
+  """A batch that cannot be cut evenly over the devices."""
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   n = mesh.size
   if batch_size < 1 or batch_size % n:
     below, above = max(batch_size // n, 1) * n, max(batch_size // n + 1, 1) * n
     nearest = f"{below} or {above}" if below != above else f"{above}"
-    raise ValueError(f"batch_size {batch_size} is not divisible by {n} devices; nearest: {nearest}")
+    raise Indivisible(
+      f"batch_size {batch_size} is not divisible by {n} devices; nearest: {nearest}"
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -29,6 +29,7 @@ from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.suite import (
   Results,
+  asked,
   check_encoders,
   evaluate_run,
   load_run,
@@ -62,7 +63,7 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
   other = load_run(Path(values.other).expanduser(), mesh=config.mesh) if values.other else None
   say(f"step {int(state.step)} of {experiment.total_steps} of {folder}")
   experiment = replace(experiment, config=config)
-  own = {protocol.needs for protocol in select(values.evals).values()} <= {"nothing"}
+  own = {protocol.needs for protocol in asked(values.evals, config).values()} <= {"nothing"}
   train = NoPictures() if own else open_split(config, "train")
   test = open_test(experiment, train, values.evals)
   encoders = check_encoders(values.encoders)

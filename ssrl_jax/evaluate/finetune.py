@@ -74,7 +74,7 @@ def run(
     optimizer: adamw or sgd.
     learning_rate: at the peak and for batch 256; scaled linearly with the batch size.
     head_rate: multiplies the learning rate of the head.
-    weight_decay: on arrays of two or more axes.
+    weight_decay: on arrays of two or more axes; so on learned positions, which MAE and BEiT except.
     momentum: of sgd.
     warmup_epochs: over which the rate rises linearly from 0.
     layer_decay: see `layer_factors`; 1 = off.
@@ -151,7 +151,7 @@ def finetune(
   )
   head = {
     "kernel": jnp.zeros((dim, evaluation.num_classes)),
-    "bias": jnp.zeros((1, evaluation.num_classes)),
+    "bias": jnp.zeros(evaluation.num_classes),  # of one axis: not decayed
   }
   params = {"encoder": evaluation.weights["params"], "head": head}
   base, _ = make_optimizer(
@@ -170,7 +170,7 @@ def finetune(
     images = crop_and_flip(evaluation, view_key, batch, smallest_crop=smallest_crop)
     weights = {"params": params["encoder"], "batch_stats": stats}
     features, stats = evaluation.apply(weights, images, True, dropout_key)
-    logits_BK = linear.apply(params["head"], features.pooled.astype(jnp.float32))
+    logits_BK = linear.apply(_rows(params["head"]), features.pooled.astype(jnp.float32))
     return jnp.mean(loss(logits_BK, batch["label"])), stats
 
   params, stats = fit(
@@ -179,7 +179,7 @@ def finetune(
     mesh=evaluation.mesh, name="finetune", moved=evaluation.moved,
   )  # fmt: skip
   tuned = {"params": params["encoder"], "batch_stats": stats}
-  test = classify(evaluation, tuned, params["head"], "test")
+  test = classify(evaluation, tuned, _rows(params["head"]), "test")
   return linear.accuracies(test.features, test.labels) | {
     "mean_class_accuracy": mean_class_accuracy(test.features, test.labels),
     "epochs": float(epochs),
@@ -187,6 +187,10 @@ def finetune(
     "label_noise": 100 * float(np.mean(noisy_N != label_N)),
     "unlabelled": float(unlabelled),
   }
+
+
+def _rows(head: dict[str, Array]) -> linear.Head:
+  return head | {"bias": head["bias"][None]}
 
 
 def make_loss(

@@ -79,7 +79,7 @@ def draw(
         f"ask for at most {len(rows)}"
       )
     if not count:
-      least = f"at least {0.5 / len(rows):.3g}" if len(rows) else "pictures of every class"
+      least = f"at least {1 / len(rows):.3g}" if len(rows) else "pictures of every class"
       raise ValueError(
         f"label fraction {fraction} leaves class {label} of {len(rows)} pictures without a label; "
         f"give {least}, or num_per_class"

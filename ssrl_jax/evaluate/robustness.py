@@ -288,6 +288,11 @@ class ArrayPictures:
         f"{self._path} has shape {shape} and labels.npy {labels.shape}; expected [5 N, H, W, 3] "
         "and [5 N], severity 1 first"
       )
+    if labels.max(initial=0) + 1 != clean.num_classes:
+      raise ValueError(
+        f"{root} has the labels of {labels.max(initial=0) + 1} classes, and the run's pictures "
+        f"{clean.num_classes}; judge a run on the same set, uncorrupted"
+      )
     num = len(labels) // len(SEVERITIES)
     self._start = num * (severity - 1)
     self.labels = labels[self._start : self._start + num].astype(np.int32)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from ssrl_jax import parallel
@@ -29,6 +30,8 @@ TITLES = {
   "random_init": "same encoder, random initialisation",
   "raw_pixels": "raw pixels",
 }
+
+NAMED = {"source", "groups", "labels_file", "baseline"}  # options that name files or folders
 
 
 def select(names: str) -> dict[str, Protocol]:
@@ -77,7 +80,13 @@ def load_run(folder: Path, *, mesh: ConfigDict | None = None, step: int | None =
   if facts is None:
     train = open_split(config, "train")
     facts = Facts(len(train), train.num_classes)
-  experiment = build(config, **facts._asdict())
+  try:
+    experiment = build(config, **facts._asdict())
+  except parallel.Indivisible as error:
+    raise ValueError(
+      f"{folder} was trained with a {error}. Load it on a number of devices that divides it: "
+      "--mesh.devices=N, of ssrl_jax.extract --devices=N"
+    ) from error
   checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
   if step is not None and step not in checkpoints.steps():
     there = ", ".join(map(str, checkpoints.steps())) or "none"
@@ -98,11 +107,17 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   Raises:
     ValueError: what cannot be had was asked for by name: a split that is no default, a protocol
       that brings its own pictures and was told of none.
+    FileNotFoundError: an option names a file or folder that is not there.
   """
-  config, chosen = experiment.config, select(evals)
+  config, chosen = experiment.config, asked(evals, experiment.config)
   for name in chosen:
     if config.evaluate[name].get("source") == "" and chosen[name].needs == "nothing":
       raise ValueError(f"{name} needs pictures of its own: set evaluate.{name}.source")
+    for option in NAMED.intersection(config.evaluate[name]):
+      value = config.evaluate[name][option]
+      path = value.partition(":")[2] if option == "source" else value
+      if path and path != "alexnet" and not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"evaluate.{name}.{option} names {path}, which is not there")
   labelled = [name for name, p in chosen.items() if p.needs == "labels"]
   if labelled and not train.num_classes:
     logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
@@ -123,6 +138,16 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   if train.num_classes:
     check_same_classes(train, test)
   return test
+
+
+def asked(evals: str, config: ConfigDict) -> dict[str, Protocol]:
+  """`select`; one that needs but pictures, and is told of its own, needs nothing of the run's."""
+  return {
+    name: p._replace(needs="nothing")
+    if p.needs == "test" and config.evaluate[name].get("source")
+    else p
+    for name, p in select(evals).items()
+  }
 
 
 def runs(protocol: Protocol, train: Source, has_test: bool) -> bool:
@@ -187,7 +212,8 @@ def evaluate_run(
   Protocols that write pictures and tables put them into a subfolder of `folder` for each encoder.
   What one protocol refuses costs no figure of another: see `Evaluated.check`.
   """
-  chosen = {n: p for n, p in select(evals).items() if runs(p, train, test is not None)}
+  config = experiment.config
+  chosen = {n: p for n, p in asked(evals, config).items() if runs(p, train, test is not None)}
   if not chosen:
     return Evaluated({}, None, {})
   trained = trained_evaluation(experiment, state, train, test, folder)
@@ -208,7 +234,9 @@ def evaluate_run(
         continue
       try:
         found = protocol.run(evaluation, **experiment.config.evaluate[key])
-      except (ValueError, FloatingPointError) as error:  # alike in all processes
+      except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        if isinstance(error, FileNotFoundError) and jax.process_count() > 1:
+          raise  # of one host, perhaps; the others are alike in all processes
         refused[key] = error
         continue
       figures |= found

@@ -12,6 +12,7 @@ from ssrl_jax.evaluate.finetune import layer_factors, mean_class_accuracy
 from ssrl_jax.evaluate.labels import choose_ids
 from ssrl_jax.method import Features, apply_encoder
 from ssrl_jax.models import make_encoder
+from ssrl_jax.optim import decay_mask
 from ssrl_jax.state import named_leaves
 from tests.evaluate.tiny import SIZE, Tints, evaluation, little
 
@@ -92,6 +93,11 @@ def test_every_array_and_batch_norms_moments_move(judged, trained):
                                         "batch_stats": trained["stats"]}), strict=True
   ):  # fmt: skip
     assert np.abs(np.asarray(new) - np.asarray(old)).max() > 1e-5, name
+
+
+def test_decay_leaves_the_head_s_bias_alone(judged, trained):
+  tuning.run(judged, **QUICK | {"epochs": 2})
+  assert decay_mask(trained["params"]["head"]) == {"kernel": True, "bias": False}
 
 
 def test_weights_agree_on_1_and_8_devices(trained):

@@ -193,6 +193,9 @@ def test_published_cifar10_c_is_read(tmp_path):
     np.save(tmp_path / f"{name}.npy", array)
   np.save(tmp_path / "labels.npy", labels)
   check_published(tmp_path / "out", f"cifar10_c:{tmp_path}")
+  np.save(tmp_path / "labels.npy", labels + 1)
+  with pytest.raises(ValueError, match=r"the labels of \d classes, and the run's pictures \d;"):
+    check_published(tmp_path / "out", f"cifar10_c:{tmp_path}")
   np.save(tmp_path / "labels.npy", labels[:20])
   with pytest.raises(ValueError, match=r"expected \[5 N, H, W, 3\] and \[5 N\]"):
     check_published(tmp_path / "out", f"cifar10_c:{tmp_path}")

@@ -11,6 +11,7 @@ from ssrl_jax.data.sources import NoPictures
 from ssrl_jax.evaluate import EVALS, Protocol, suite
 from ssrl_jax.evaluate.suite import evaluate_run, open_test, runs
 from ssrl_jax.experiment import build
+from ssrl_jax.run_folder import Facts, write_run
 from ssrl_jax.watch import Costs
 
 
@@ -40,7 +41,7 @@ def test_test_pictures_of_an_unlabelled_run_are_opened_where_they_are_of_use(
   evals, opened, said, caplog
 ):
   config = smoke.get_config("simclr")
-  config.evaluate.detection.source = "coco:somewhere"
+  config.evaluate.detection.source = "coco:."
   experiment = build(config, num_examples=128, num_classes=None)
   assert (open_test(experiment, Pictures(None), evals) is not None) == opened
   assert said in caplog.text
@@ -100,9 +101,10 @@ def test_each_protocol_s_figures_are_kept_before_the_next_one_runs(monkeypatch):
   assert kept == [{"trained": {"knn/accuracy": 5.0}}]
 
 
-def test_what_one_protocol_refuses_costs_no_figure_of_another(monkeypatch):
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError])
+def test_what_one_protocol_refuses_costs_no_figure_of_another(monkeypatch, error):
   def refuses(evaluation):
-    raise ValueError("class 3 has no picture")
+    raise error("class 3 has no picture")
 
   figures = Protocol(lambda evaluation: {"knn/accuracy": 5.0}, {})
   chosen = {"low_label": Protocol(refuses, {}), "knn": figures}
@@ -121,13 +123,42 @@ def test_what_one_protocol_refuses_costs_no_figure_of_another(monkeypatch):
   evaluated._replace(refused={}).check()
 
 
-def test_own_pictures_are_not_looked_for_where_no_protocol_asks_for_them():
+@pytest.mark.parametrize("name", ["detection", "attention"])
+def test_own_pictures_are_not_looked_for_where_no_protocol_asks_for_them(tmp_path, name):
   config = smoke.get_config("simclr")
-  config.evaluate.detection.source = "coco:somewhere"
+  config.evaluate[name].source = f"coco:{tmp_path}"
   experiment = build(config, num_examples=128, num_classes=10)
-  assert open_test(experiment, NoPictures(), "detection") is None
-  chosen = suite.select("detection")
+  assert open_test(experiment, NoPictures(), name) is None
+  chosen = suite.asked(name, config)
   assert all(runs(protocol, NoPictures(), False) for protocol in chosen.values())
+  assert suite.asked("robustness", config)["robustness"].needs == "labels"
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [
+    ("detection.source", "coco:{}/gone"),
+    ("robustness.source", "imagenet_c:{}/gone"),
+    ("robustness.baseline", "{}/gone"),
+    ("bias.groups", "{}/gone"),
+    ("low_label.labels_file", "{}/gone"),
+  ],
+)
+def test_files_that_options_name_are_looked_for_before_anything_runs(tmp_path, option, value):
+  config, name = smoke.get_config("simclr"), option.split(".")[0]
+  config.evaluate.update_from_flattened_dict({option: value.format(tmp_path)})
+  experiment = build(config, num_examples=128, num_classes=10)
+  with pytest.raises(FileNotFoundError, match=f"evaluate.{option} names {tmp_path}/gone, which"):
+    open_test(experiment, Pictures(10), f"knn,{name}")
+
+
+def test_run_that_these_devices_cannot_share_evenly_names_the_way_out(tmp_path):
+  config = smoke.get_config("simclr")
+  config.batch_size, config.mesh.devices = 12, 1
+  write_run(tmp_path, config, Facts(128, 10))
+  config.mesh.devices = 8
+  with pytest.raises(ValueError, match=r"with a batch_size 12 is not .* --mesh.devices=N"):
+    suite.load_run(tmp_path, mesh=config.mesh)
 
 
 @pytest.mark.parametrize("found", [{}, {"knn/accuracy": 5.0, "linear/accuracy": 6.0}])
