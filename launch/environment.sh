@@ -19,15 +19,24 @@ find_python() {
   return 1
 }
 
-install_into() {
-  local venv=$1 requirement=$2 python stamp wanted
-  stamp=$venv/.installed
-  if [[ ! -x $venv/bin/python ]]; then
+# Makes a virtual environment, or mends one that was interrupted or whose Python has gone.
+make_venv() {
+  local venv=$1 python
+  if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     python=$(find_python)
     echo "making $venv with $("$python" --version)"
+    if [[ -d $venv/bin ]]; then
+      find "$venv/bin" -xtype l -delete # links to what is no more, at which venv stops
+    fi
     "$python" -m venv "$venv"
   fi
-  wanted="$requirement $(cksum <setup.cfg)"
+}
+
+install_into() {
+  local venv=$1 requirement=$2 stamp wanted
+  stamp=$venv/.installed
+  make_venv "$venv"
+  wanted="$requirement $("$venv/bin/python" --version) $(cksum <setup.cfg)"
   if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
     echo "installing $requirement (about half a minute on a fast line)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$requirement"

@@ -18,6 +18,7 @@ import numpy as np
 
 from ssrl_jax import charts
 from ssrl_jax.config import flatten
+from ssrl_jax.evaluate import EVALS
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet
 from ssrl_jax.evaluate.knn import nearest
 from ssrl_jax.files import write_whole
@@ -28,7 +29,6 @@ ROWS = {
   "random_init": "untrained (same network, random weights)",
   "raw_pixels": "raw pixels (no network)",
 }
-EVAL_NAMES = {"knn": "k-NN", "linear": "linear probe"}
 
 
 class Neighbours(NamedTuple):
@@ -150,16 +150,19 @@ def _summary(results: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
 
 
 def _results_table(results: dict[str, dict[str, float]]) -> str:
-  found = (key.split("/")[0] for row in results.values() for key in row if "/accuracy" in key)
-  names = list(dict.fromkeys(("knn", "linear", *found)))
-  head = "".join(f"<th>{escape(EVAL_NAMES.get(n, n))}, %</th>" for n in names)
+  found = {key for row in results.values() for key in row}
+  titles = {key: title for p in EVALS.values() for key, title in p.columns.items()}
+  titles |= {k: k.replace("/accuracy", " %") for k in sorted(found - titles.keys())
+             if k.endswith("/accuracy")}  # fmt: skip
+  shown = [key for key in titles if key in found] or ["knn/accuracy", "linear/accuracy"]
+  head = "".join(f"<th>{escape(titles[key])}</th>" for key in shown)
   body = ""
   for row, words in (ROWS | {r: r for r in results if r not in ROWS}).items():
-    cells = "".join(_result_cell(results.get(row, {}).get(f"{n}/accuracy")) for n in names)
+    cells = "".join(_result_cell(results.get(row, {}).get(k), titles[k]) for k in shown)
     body += f'<tr class="{"ours" if row == "trained" else "control"}">'
     body += f"<th>{escape(words)}</th>{cells}</tr>\n"
   note = _note(
-    "Accuracy on the test pictures. What training taught is the distance to both controls. "
+    "Of the test pictures. What training taught is the distance to both controls. "
     + _protocol(results.get("trained") or {})
   )
   return f'<table class="results"><tr><th></th>{head}</tr>\n{body}</table>\n{note}'
@@ -179,11 +182,11 @@ def _protocol(figures: dict[str, float]) -> str:
   return " ".join(parts)
 
 
-def _result_cell(value: Any) -> str:
+def _result_cell(value: Any, title: str) -> str:
   if not isinstance(value, (int, float)) or not math.isfinite(value):
     return f'<td class="none">{_number(value)}</td>'
-  width = min(max(value, 0), 100)
-  return f'<td>{value:.1f}<span class="bar"><i style="width:{width:.1f}%"></i></span></td>'
+  bar = f'<i style="width:{min(max(value, 0), 100):.1f}%"></i>' if "%" in title else ""
+  return f'<td>{value:.1f}<span class="bar">{bar}</span></td>'
 
 
 def _training(metrics: list[dict[str, Any]]) -> str:

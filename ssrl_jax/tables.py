@@ -196,10 +196,22 @@ def data_lacking(
 
 
 def execute(command: list[str], log: Path) -> int:
-  """Runs a command; what it prints goes to `log`, behind what is there."""
+  """Runs a command; what it prints goes to `log`, behind what is there.
+
+  Ctrl-C waits for it to save what it has come to; a second one does not.
+  """
   log.parent.mkdir(parents=True, exist_ok=True)
-  with log.open("a") as file:
-    return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+  with (
+    log.open("a") as file,
+    subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
+  ):
+    try:
+      return process.wait()
+    except KeyboardInterrupt:
+      print("interrupted: waiting for what runs to save", file=sys.stderr)
+      process.terminate()  # a terminal has told it already, kill has not
+      process.wait()
+      raise
 
 
 def make(
@@ -218,11 +230,18 @@ def make(
   def do(command: list[str], run: Run, what: str) -> None:
     folder = run.folder(workdirs)
     say(f"{folder.name}: {what}")
-    log = folder / "table.log"
-    status = run_command(command, log)
+    log, last = folder / "table.log", ""
+    try:
+      status: int | str = run_command(command, log)
+    except OSError as error:  # of the log: a folder that cannot be written
+      status, last = "no start", str(error)
+    if what == "train" and status:  # another table may have begun the same run just before
+      wait_until_free(folder, say)
+      status = 0 if finished(folder) else status
     if status and not diverged(folder):
-      last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
-      failed.append(f"{folder.name}: {what} failed with {status}: {' '.join(last)}")
+      if not last and log.exists():
+        last = " ".join(log.read_text().strip().splitlines()[-1:])
+      failed.append(f"{folder.name}: {what} failed with {status}: {last}")
       say(failed[-1])
 
   to_train, _ = missing(table, workdirs)
@@ -349,7 +368,12 @@ def define_flags(values: flags.FlagValues) -> None:
     "i/n: of all trainings every n-th from the i-th on, to spread them over machines or cores.",
     values,
   )
-  flags.DEFINE_string("merge", "", "Other folders with runs, separated by commas.", values)
+  flags.DEFINE_string(
+    "merge",
+    "",
+    "Other folders with runs, separated by commas; evaluations that these lack are written there.",
+    values,
+  )
   flags.DEFINE_bool(
     "plan", False, "Print steps, FLOPs and estimated hours of what is missing; run nothing.", values
   )

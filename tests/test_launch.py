@@ -55,6 +55,25 @@ exit $highest
 SCONTROL = "[[ $1 != show ]] || { echo JobState=%s; seq 100000; } # long: a job of many nodes"
 
 
+@pytest.mark.parametrize("broken", ["no pip", "no python", "nothing"])
+def test_environment_that_was_cut_short_or_lost_its_python_is_mended(tmp_path, broken):
+  venv = tmp_path / "venv"
+  if broken != "nothing":
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+  if broken == "no python":
+    for link in (venv / "bin").glob("python3.*"):
+      link.unlink()
+      link.symlink_to("/gone/python3")
+  script = 'source launch/environment.sh; make_venv "$0"; make_venv "$0"; "$0/bin/python" -m pip -V'
+  done = subprocess.run(
+    ["bash", "-euo", "pipefail", "-c", script, venv], cwd=ROOT, capture_output=True, text=True,
+    env=os.environ | {"PYTHON": sys.executable}, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("making ") == 1  # the second time nothing is to be done
+  assert str(venv) in done.stdout.splitlines()[-1]
+
+
 def slurm(folder, status, *, restarts=0, state="RUNNING", **environment):
   """Runs the script in a job of 2 nodes with 2 tasks on each."""
   train = f'echo "$SRUN_CPUS_PER_TASK cpus" >>$here/calls\nexit {status}'
@@ -132,7 +151,7 @@ sed -i 1d $here/ends/$host
 case $end in
   killed) kill -9 $PPID ;; # with the shell that would have written a status
   preempted) kill -9 $PPID; echo SUSPENDED >$here/state ;;
-  deaf) touch $here/deaf-$host; exit 0 ;; # the host does not answer any more, until scp
+  deaf) touch $here/deaf-$host; sleep 1; exit 0 ;; # no answer from now on (1 s: who asks), until scp
   waits | orphan)
     [[ $end == waits ]] || kill -9 $PPID
     for ((i = 0; i < 6000; i++)); do [[ ! -e $here/go ]] || exit 0; sleep 0.1; done ;;

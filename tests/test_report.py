@@ -169,6 +169,19 @@ def test_page_holds_the_figures_of_the_run(full):
   assert text.count("not run") == 1  # raw pixels, linear
 
 
+def test_figures_of_every_protocol_that_was_run_are_shown_and_no_others(tmp_path):
+  results = {
+    "trained": {"low_label/1pct/accuracy": 24.61, "geometry/rankme": 140.25, "bias/x": 1.0},
+    "random_init": {"low_label/1pct/accuracy": 11.14, "low_label/file/accuracy": 31.77},
+  }
+  text = write(tmp_path, results=RESULTS | {"results": results})
+  table = text[text.index('<table class="results">') : text.index("</table>")]
+  assert re.findall("<th>([^<]+)</th>", table)[:3] == ["1 % lab.", "RankMe", "low_label/file %"]
+  assert table.count("<i style=") == 3  # a bar of each percentage
+  for part in ("24.6", "140.2", "11.1", "31.8"):
+    assert part in table
+
+
 def test_page_is_the_same_every_time(full, tmp_path):
   assert write(tmp_path, shown=figures()) == full
 

@@ -3,8 +3,13 @@
 import contextlib
 import csv
 import json
+import os
 import re
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -210,6 +215,62 @@ def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
   assert kinds(stand_in).count("evaluate") == 3
   assert make(tmp_path, Stand_in()) == []  # the same command does what is left
   assert tables.missing(TABLE, [tmp_path]) == ([], [])
+
+
+INTERRUPTED = """
+import pathlib, signal, sys, time
+stop = []
+for number in (signal.SIGINT, signal.SIGTERM):
+  signal.signal(number, lambda *a: stop.append(a))
+print("started", flush=True)
+while not stop:
+  time.sleep(0.01)
+time.sleep(1)
+print("saved", flush=True)
+"""
+
+
+def test_ctrl_c_waits_for_the_training_to_save(tmp_path):
+  """Sent as a terminal does, to all processes of the command."""
+  program = (
+    "import pathlib, sys; from ssrl_jax import tables; "
+    "tables.execute([sys.executable, '-c', sys.argv[1]], pathlib.Path(sys.argv[2]))"
+  )
+  log = tmp_path / "table.log"
+  process = subprocess.Popen(
+    [sys.executable, "-c", program, INTERRUPTED, str(log)], cwd=ROOT, start_new_session=True,
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  while process.poll() is None and not (log.exists() and log.read_text()):
+    time.sleep(0.05)
+  os.killpg(process.pid, signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert log.read_text() == "started\nsaved\n"
+  assert "interrupted: waiting for what runs to save" in err
+
+
+def test_a_folder_that_cannot_be_written_is_one_failure_and_the_rest_goes_on(tmp_path):
+  stand_in = Stand_in()
+
+  def run_command(command, log):
+    if "fusion" in log.parent.name and log.parent.name.endswith("-0"):
+      raise PermissionError(13, "Permission denied", str(log))
+    return stand_in(command, log)
+
+  failed = make(tmp_path, run_command)
+  assert len(failed) == 1
+  assert "train failed with no start: [Errno 13] Permission denied" in failed[0]
+  assert kinds(stand_in) == ["main"] * 4 + ["evaluate"] * 4
+
+
+def test_a_run_that_another_table_trains_meanwhile_is_no_failure(tmp_path):
+  stand_in = Stand_in()
+
+  def run_command(command, log):
+    stand_in(command, log)
+    return 1 if "ssrl_jax.main" in command else 0  # refused, and by then trained
+
+  assert make(tmp_path, run_command) == []
 
 
 def test_divergence_is_counted_and_leaves_the_mean_alone(tmp_path):

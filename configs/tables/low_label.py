@@ -20,7 +20,7 @@ def get_table(budget: str) -> Table:
   }  # fmt: skip
   return Table(
     title="Few labels",
-    text=f"{CIFAR_TEXT} 5 and 50 labels of each class. Linear: mean of 5 draws; fine-tuned: "
+    text=f"{CIFAR_TEXT} 5 and about 50 labels of each class. Linear: mean of 5 draws; fine-tuned: "
     "one draw, 40 epochs of batches of 32."
     if local
     else IMAGENET_TEXT,
