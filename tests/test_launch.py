@@ -151,7 +151,7 @@ sed -i 1d $here/ends/$host
 case $end in
   killed) kill -9 $PPID ;; # with the shell that would have written a status
   preempted) kill -9 $PPID; echo SUSPENDED >$here/state ;;
-  deaf) touch $here/deaf-$host; sleep 1; exit 0 ;; # no answer from now on (1 s: who asks), until scp
+  deaf) touch $here/deaf-$host; sleep 1; exit 0 ;; # no answer, who just asks included, until scp
   waits | orphan)
     [[ $end == waits ]] || kill -9 $PPID
     for ((i = 0; i < 6000; i++)); do [[ ! -e $here/go ]] || exit 0; sleep 0.1; done ;;
