@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from ssrl_jax import parallel
 from ssrl_jax.collectives import collectives, summary
-from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
+from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build, make_method
 from ssrl_jax.flops import PEAK_FLOPS
+from ssrl_jax.method import Method, Run
 from ssrl_jax.optim import describe_groups
 from ssrl_jax.step import abstract_views, compile_step, flops_per_step, num_parameters
 
@@ -39,12 +40,13 @@ def compiled_memory(compiled: Any) -> int:
   return total - memory.alias_size_in_bytes
 
 
-def activation_bytes(experiment: Experiment) -> int:
+def activation_bytes(experiment: Experiment, method: Method | None = None) -> int:
   """Bytes that the backward pass of one step keeps, over all devices, parameters left out.
 
-  An upper estimate: every residual of the traced program, before the compiler fuses or recomputes.
+  Every residual of the traced program, before the compiler fuses: an upper estimate, but for what
+  is computed a second time, which `accumulate` and `encoder.remat` do. `method`: another one.
   """
-  method, state = experiment.method, abstract_state(experiment)
+  method, state = method or experiment.method, abstract_state(experiment)
 
   def residuals(params, method_state, views, key, step):
     _, vjp, _ = jax.vjp(
@@ -56,6 +58,16 @@ def activation_bytes(experiment: Experiment) -> int:
   kept = jax.eval_shape(residuals, *arguments)
   total = array_bytes(kept, per_device=False) - array_bytes(state.params, per_device=False)
   return max(total, 0)
+
+
+def part_bytes(experiment: Experiment) -> int:
+  """Of `accumulate`: what the part keeps that is computed a second time; 0 without it."""
+  config = experiment.config
+  if config.accumulate == 1:
+    return 0
+  steps = experiment.steps_per_epoch, experiment.total_steps
+  whole = make_method(config, Run(config.batch_size, *steps, experiment.num_classes))
+  return activation_bytes(experiment, whole) // config.accumulate
 
 
 class Cost(NamedTuple):
@@ -139,8 +151,9 @@ def dry_run(
 
   say(f"state memory      {array_bytes(state, per_device=True) / mib:,.0f} MiB a device")
   say(f"batch memory      {array_bytes(batch, per_device=True) / mib:,.0f} MiB a device")
-  activations = activation_bytes(experiment) / n / mib
-  say(f"activations       {activations:,.0f} MiB a device at most, before the compiler fuses")
+  activations = (activation_bytes(experiment) + part_bytes(experiment)) / n / mib
+  most = "and one recomputed block" if config.encoder.remat else "at most"
+  say(f"activations       {activations:,.0f} MiB a device {most}, before the compiler fuses")
   if compile_too:
     say_compiled(experiment, say=say)
   found = cost(experiment)

@@ -213,9 +213,11 @@ def check_sizes(config: ConfigDict) -> None:
 def plain_method(experiment: Experiment) -> Method:
   """The experiment's method without what is computed twice to save memory: no model FLOPs."""
   config = experiment.config.copy_and_resolve_references()
-  if config.accumulate == 1 and not config.encoder.remat:
+  if config.accumulate == 1 and not config.encoder.remat and not config.method.get("block"):
     return experiment.method
   config.encoder.remat = False
+  if "block" in config.method:
+    config.method.block = 0
   steps = experiment.steps_per_epoch, experiment.total_steps
   return make_method(config, Run(config.batch_size, *steps, experiment.num_classes))
 

@@ -17,15 +17,21 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
 # Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets. Of the entries that
-# a device's kind starts with the first counts: "TPU v5 lite" before "TPU v5", which is a v5p.
+# a device's kind starts with the longest counts: "TPU v5 lite" before "TPU v5", which is a v5p.
 PEAK_FLOPS = {
   "NVIDIA H200": 989e12,
+  "NVIDIA H200 NVL": 835e12,
   "NVIDIA H100": 989e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H100 PCIe": 756e12,
   "NVIDIA A100": 312e12,
   "NVIDIA L4": 121e12,
+  "NVIDIA L40": 181e12,
+  "NVIDIA L40S": 362e12,
   "Tesla V100": 125e12,
   "TPU v3": 61.5e12,  # a device is a core, half a chip
   "TPU v4": 275e12,
+  "TPU v4 lite": 138e12,
   "TPU v5 lite": 197e12,
   "TPU v5": 459e12,
   "TPU v6 lite": 918e12,
@@ -78,10 +84,13 @@ def _conv(eqn: Any, out: Any) -> float:
 
 def peak_flops(device: Any) -> tuple[float, str]:
   """FLOP/s of one device and where the figure is from: a data sheet, or a measurement."""
-  for kind, peak in PEAK_FLOPS.items():
+  for kind in sorted(PEAK_FLOPS, key=len, reverse=True):
     if device.device_kind.startswith(kind):
-      return peak, f"{kind}, bfloat16 data sheet"
-  return measured_matmul_flops(), f"{device.device_kind}, float32 matrix product measured at start"
+      return PEAK_FLOPS[kind], f"{kind}, bfloat16 data sheet"
+  # Devices of one CPU are its cores, which a product on one of them has all to itself.
+  share = jax.local_device_count() if device.platform == "cpu" else 1
+  measured = f"{device.device_kind}, float32 matrix product measured at start"
+  return measured_matmul_flops() / share, measured
 
 
 def measured_matmul_flops(n: int = 1024, repeats: int = 8) -> float:

@@ -62,6 +62,7 @@ def make_steps(experiment: Experiment, source: Source, *, start_step: int) -> St
     limit_mib=data.cache_mib,
     workers=data.workers,
     threads=data.threads,
+    sampling=training_sampling(experiment.config, source),
   )
   step = compile_resident_step(experiment, state, arrays)
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ssrl_jax import parallel
+from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.config import base_config
 from ssrl_jax.experiment import build, create_state, open_split
 from ssrl_jax.guard import SETTLED, SPIKE, Guard, init_guard, judge, read_bad_step
@@ -132,6 +133,19 @@ def test_stopped_run_is_made_again_with_its_batch_and_writes_nothing(pictures, t
   np.savez(file, **saved | {"image": image})
   assert not replay(experiment, source, tmp_path, step, say=said.append)
   assert said[-1] == f"step {step}: first bad is 'nothing', not 'loss/total'"
+
+
+def test_replay_judges_as_the_run_does_where_its_checkpoint_is_older_than_the_guard(
+  pictures, tmp_path
+):
+  experiment, source = prepared(pictures)
+  with pytest.raises(FloatingPointError):
+    run(experiment, source, tmp_path)
+  (file,) = (tmp_path / "bad_steps").iterdir()
+  Checkpoints(tmp_path, keep=1, keep_best=0).finish(create_state(experiment), step=0, score=0.0)
+  said, (skipping, _) = [], prepared(pictures, on_bad_step="skip")
+  assert replay(skipping, source, tmp_path, int(file.stem), say=said.append)
+  assert "  guard/skipped 1" in said
 
 
 def source_picture(source, i):

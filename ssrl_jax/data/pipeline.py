@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def train_batches(
   """Endless batches of this process, the first being that of the update after `start_step`.
 
   A picture that cannot be read is replaced, label included, by the next one of the source that
-  can; never left out, which would move everything behind it.
+  can, and that `sampling` draws; never left out, which would move everything behind it.
 
   Args:
     source: pictures by position.
@@ -83,7 +84,9 @@ def train_batches(
   check_frames(source, frames, frame_span)
   drawn = epochs_and_ids(source, seed, batch_size, sampling)
   drawn = share(drawn, batch_size, process_index, process_count)
-  reader = _Reader(source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span)
+  reader = _Reader(
+    source, canvas, threads, seed=seed, frames=frames, frame_span=frame_span, sampling=sampling
+  )
   if resident is not None:
     return Batches(drawn[start_step:], functools.partial(_known, resident), reader)
   return Batches(drawn[start_step:], reader.train, reader, workers=workers)
@@ -95,10 +98,16 @@ def _known(substituted: np.ndarray, epochs_and_ids: tuple[np.ndarray, np.ndarray
 
 
 def each_as_trained(
-  source: Source, *, canvas: int, workers: int, threads: int, batch_size: int = 256
+  source: Source,
+  *,
+  canvas: int,
+  workers: int,
+  threads: int,
+  sampling: Sampling | None,
+  batch_size: int = 256,
 ) -> Iterator[Batch]:
   """Every still picture once, in the order of the source, as training sees it: with substitutes."""
-  reader, n = _Reader(source, canvas, threads), len(source)
+  reader, n = _Reader(source, canvas, threads, sampling=sampling), len(source)
   ids = grain.MapDataset.range(-(-n // batch_size)).map(
     lambda k: np.arange(k * batch_size, min(n, (k + 1) * batch_size))
   )
@@ -215,9 +224,11 @@ class _Reader:
     seed: int = 0,
     frames: int = 1,
     frame_span: int = 0,
+    sampling: Sampling | None = None,
   ):
     check_at_least(1, canvas=canvas, threads=threads)
     self.source, self._canvas, self._threads = source, canvas, threads
+    self._drawn_N = None if sampling is None else sampling.weights > 0
     self._frames = frames
     self._draw_frames = functools.partial(draw_frames, count=frames, span=frame_span, seed=seed)
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -285,9 +296,9 @@ class _Reader:
       example_id = int(batch["id"][j])
       chosen = functools.partial(self._draw_frames, epoch=int(epochs[j]), example_id=example_id)
       first = int(position(example_id))
-      for i in range(first, first + MAX_DAMAGED):
+      for i in itertools.islice(self._from(first), MAX_DAMAGED):
         try:
-          self._put(batch, j, i % len(self.source), read, chosen)
+          self._put(batch, j, i, read, chosen)
           break
         except DamagedImage as e:
           batch["substituted"][j], error = True, e
@@ -296,6 +307,13 @@ class _Reader:
           f"{MAX_DAMAGED} examples in a row, from {first} on, of {self.source!r} cannot be read; "
           f"repair the set; the last: {error}"
         )
+
+  def _from(self, first: int) -> Iterator[int]:
+    """Positions from `first` on, round and round, without those that are never drawn."""
+    n = len(self.source)
+    for i in itertools.count(first):
+      if self._drawn_N is None or self._drawn_N[i % n]:
+        yield i % n
 
   def _put_or_mark(self, batch: Batch, read, places) -> None:
     for j in places:

@@ -12,11 +12,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from ssrl_jax import parallel
 from ssrl_jax.data.pipeline import each_as_trained
+from ssrl_jax.data.sampling import Sampling
 from ssrl_jax.data.sources import Source, has_frames
 
 
 def load(
-  source: Source, *, canvas: int, mesh: Mesh, limit_mib: float, workers: int, threads: int
+  source: Source,
+  *,
+  canvas: int,
+  mesh: Mesh,
+  limit_mib: float,
+  workers: int,
+  threads: int,
+  sampling: Sampling | None = None,
 ) -> tuple[dict[str, jax.Array], np.ndarray]:
   """Decodes every example and puts it on the devices.
 
@@ -38,7 +46,8 @@ def load(
   n, rows = len(source), -(-len(source) // mesh.size) * mesh.size
   sharding = placement(rows * canvas * canvas * 3, mesh, limit_mib)
   host: dict[str, np.ndarray] = {}
-  for batch in each_as_trained(source, canvas=canvas, workers=workers, threads=threads):
+  options = {"workers": workers, "threads": threads, "sampling": sampling}
+  for batch in each_as_trained(source, canvas=canvas, **options):
     ids = batch.pop("id")
     for name, values in batch.items():
       host.setdefault(name, np.zeros((rows, *values.shape[1:]), values.dtype))[ids] = values

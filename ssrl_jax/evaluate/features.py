@@ -211,14 +211,18 @@ def vectors(features: Features) -> dict[str, Array]:
   "scales" and "fused" of a FusionEncoder.
   """
   found = {"pooled": features.pooled}
-  found |= {f"map{s}": jnp.mean(x, axis=(1, 2)) for s, x in sorted(features.maps.items())}
+  found |= {f"map{s}": _mean(x, (1, 2)) for s, x in sorted(features.maps.items())}
   if features.tokens is not None:
-    found["tokens"] = jnp.mean(features.tokens, axis=1)
+    found["tokens"] = _mean(features.tokens, (1,))
   if features.scales is not None:
     found["scales"] = features.scales.reshape(features.scales.shape[0], -1)
   if features.fused is not None:
     found["fused"] = features.fused
   return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+
+def _mean(x: Array, axis: tuple[int, ...]) -> Array:
+  return jnp.mean(x.astype(jnp.float32), axis)  # of a bfloat16 encoder, too
 
 
 @functools.partial(

@@ -6,7 +6,13 @@ import pytest
 from PIL import Image
 
 from ssrl_jax.data import pipeline
-from ssrl_jax.data.pipeline import MAX_DAMAGED, PADDING, eval_batches, train_batches
+from ssrl_jax.data.pipeline import (
+  MAX_DAMAGED,
+  PADDING,
+  each_as_trained,
+  eval_batches,
+  train_batches,
+)
 from ssrl_jax.data.sampling import Sampling, position
 from ssrl_jax.data.sources import Mixture, Subset, open_source, read_together
 
@@ -194,6 +200,21 @@ def test_damaged_example_is_replaced_by_the_next_and_keeps_its_id(caplog):
   assert len(messages) == 3  # each once, not once an epoch
   for i in stand_in:
     assert sum(f"example {i} of Greys(40) is damaged" in m for m in messages) == 1
+
+
+def test_what_is_never_drawn_stands_in_for_nothing():
+  weights = np.where(np.isin(np.arange(40), (8, 9, 39)), 0, 1) / 37
+  source, sampling = Greys(40, damaged={7, 38}), Sampling(weights, np.zeros(40, np.int8))
+  stand_in = {7: 10, 38: 0}
+  seen = set()
+  for batch in take(source, 20, sampling=sampling):
+    for j, i in enumerate(position(batch["id"]).tolist()):
+      seen.add(i)
+      assert batch["image"][j, 0, 0, 0] == stand_in.get(i, i)
+  assert {7, 38} < seen
+  every = each_as_trained(source, canvas=8, workers=0, threads=1, sampling=sampling)
+  shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in every])
+  assert shown[[7, 38]].tolist() == [10, 0]
 
 
 def test_damaged_file_is_named(tmp_path, caplog):

@@ -45,6 +45,16 @@ def project(weights, images, train, key):
   return Features(pooled=pooled.astype(jnp.bfloat16), maps={}), weights
 
 
+def test_vectors_of_bfloat16_maps_are_averaged_in_float32():
+  map_BhwC = np.random.default_rng(0).normal(size=(4, 6, 6, 8)).astype(jnp.bfloat16)
+  tokens = map_BhwC.reshape(4, 36, 8)
+  found = features.vectors(Features(jnp.zeros((4, 8)), {8: map_BhwC}, tokens=tokens))
+  want = np.mean(map_BhwC.astype(np.float64), axis=(1, 2))
+  for name in ("map8", "tokens"):
+    assert found[name].dtype == jnp.float32
+    np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-6)
+
+
 WEIGHTS = {"w": jnp.asarray(np.random.default_rng(9).normal(size=(SIZE * SIZE * 3, 5)) / 10)}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from ssrl_jax.dry_run import activation_bytes
+from ssrl_jax.dry_run import activation_bytes, part_bytes
 from ssrl_jax.models.resnet import ResNet
 from ssrl_jax.models.vit import ViT
 from tests.methods.common import assert_close, make_experiment, random_like
@@ -45,3 +45,13 @@ def test_remat_keeps_less_for_the_backward_pass(name, overrides):
     for remat in (False, True)
   )
   assert again < 0.6 * plain
+
+
+def test_parts_that_are_computed_again_count_as_one_of_them():
+  """All is kept of one part at a time, beside what joins the parts."""
+  group = {"encoder.norm": "group"}
+  alone = activation_bytes(make_experiment("simclr", group))
+  experiment = make_experiment("simclr", {**group, "accumulate": 4})
+  assert part_bytes(experiment) == alone // 4
+  assert part_bytes(make_experiment("simclr", group)) == 0
+  assert activation_bytes(experiment) + part_bytes(experiment) < alone
