@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,12 @@ def build(
       "batch_size"
     )
   steps_per_epoch = num_examples // batch_size
+  if not 0 <= config.epochs < math.inf:
+    raise ValueError(f"epochs is {config.epochs}; expected a number of 0 or more")
+  least = {"seed": 0, "data.workers": 0, "data.threads": 1}
+  for name, value in {key: flatten(config)[key] for key in least}.items():
+    if value < least[name]:
+      raise ValueError(f"{name} is {value}; expected {least[name]} or more")
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
   if total_steps < 1:
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")

@@ -59,8 +59,12 @@ def run(
   names = np.array([pictures.name(int(i)) for i in rows.ids])
   classes = np.array(pictures.class_names, dtype=str)
   partial = out.with_name(out.name + ".partial")
-  with partial.open("wb") as file:  # np.savez itself would add a suffix to another name
-    np.savez(file, **arrays, labels=rows.labels, classes=classes, ids=rows.ids, names=names)
+  try:
+    with partial.open("wb") as file:  # np.savez itself would add a suffix to another name
+      np.savez(file, **arrays, labels=rows.labels, classes=classes, ids=rows.ids, names=names)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    raise OSError(f"{out} could not be written: {error}") from error
   partial.replace(out)
   shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in arrays.items())
   print_line(f"{out}: {shapes} of {len(rows.ids)} of {len(pictures)} pictures of {pictures!r}")

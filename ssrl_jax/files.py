@@ -33,5 +33,26 @@ def check_folder(path: Path, flag: str) -> None:
     raise NotADirectoryError(f"{flag}={path}: {there} is {kind}, no folder; name a folder")
 
 
+def check_outside(out: Path, source: str, flag: str) -> None:
+  """Refuses a place among the pictures of `folder:PATH` or `clips:PATH`, which it would join.
+
+  Raises:
+    ValueError: names both.
+  """
+  kind, _, path = source.partition(":")
+  if kind in ("folder", "clips"):
+    root, place = Path(path).expanduser().resolve(), out.resolve()
+    if place == root or root in place.parents:
+      raise ValueError(f"{flag}={out} lies among the pictures of {source}; name a place elsewhere")
+
+
+def read_json(path: Path) -> Any:
+  """Raises ValueError, which names the file, if it is none."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged ({error}); remove it, or bring it back") from error
+
+
 def write_json(path: Path, value: Any) -> None:
   write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -94,6 +94,12 @@ def make_optimizer(
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"unknown optim.name {name!r}; one of {', '.join(OPTIMIZERS)}")
+  for option, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+    if not 0 <= value < math.inf:
+      raise ValueError(f"{option} is {value}; expected 0 or more")
+  for option, value in {"momentum": momentum, "b1": b1, "b2": b2}.items():
+    if not 0 <= value < 1:
+      raise ValueError(f"{option} is {value}; expected at least 0 and below 1")
   peak = learning_rate * (batch_size / 256 if scale_by_batch else 1)
   schedule = warmup_cosine(
     peak=peak,

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ssrl_jax.config import HARMLESS, base_config, changed_keys, flatten
 from ssrl_jax.data.damaged import read_damaged
 from ssrl_jax.experiment import Experiment
-from ssrl_jax.files import write_json
+from ssrl_jax.files import read_json, write_json
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.state import TrainState, state_digest
 
@@ -73,13 +73,14 @@ def wait_until_free(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def check_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_change: bool) -> None:
-  """Refuses a folder that holds another run.
+  """Refuses a folder that holds another run, of which anything was saved.
 
   Raises:
     ValueError: the folder's config differs in keys that change the computation, or its pictures are
       not as many, or of as many classes, as they were.
   """
-  if not (folder / "config.json").exists():
+  begun = any((folder / "checkpoints").glob("[0-9]*")) or (folder / "results.json").exists()
+  if not (begun and (folder / "config.json").exists()):
     return
   old = read_config(folder)
   if old["method"]["name"] != config.method.name:
@@ -110,7 +111,7 @@ def write_run(folder: Path, config: ConfigDict, facts: Facts) -> None:
 def read_facts(folder: Path) -> Facts | None:
   """None for a run that is older than data.json."""
   path = folder / "data.json"
-  return Facts(**json.loads(path.read_text())) if path.exists() else None
+  return Facts(**read_json(path)) if path.exists() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def merge_evaluation(
   same |= {"view": {name: options["evaluate"].get(name) for name in ("size", "crop")}}
   record = same | {"results": {}, "options": {}}
   if path.exists():
-    old = json.loads(path.read_text())
+    old = read_json(path)
     older = {k: v for k, v in old.get("data", {}).items() if not f"data.{k}".startswith(HARMLESS)}
     old = {**old, "data": older}
     if all(old.get(key, value) == value for key, value in same.items()):

@@ -94,6 +94,9 @@ def judge_command(
   data: str,
 ) -> list[str]:  # fmt: skip
   own = {k: v for k, v in run.training.overrides.items() if k == "data.source"}
+  if own:  # wherever they lie now, as many of them
+    data_group = resolve(run.training).data
+    own |= {f"data.{key}": data_group[key] for key in ("num_train", "num_test")}
   options = [f"--{key}={_as_flag(value, data)}" for key, value in (own | judge.options).items()]
   start = [sys.executable, "-m", "ssrl_jax.evaluate", f"--workdir={folder}", f"--out={out}"]
   compared = [f"--other={other}"] if other else []

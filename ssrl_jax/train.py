@@ -112,6 +112,11 @@ def train(
   save_every = options.pop("every_steps")
   checkpoints = Checkpoints(workdir, moved=moved, **options)
   state = checkpoints.restore(abstract_state(experiment))
+  if state is None and (workdir / "results.json").exists():
+    raise ValueError(
+      f"{workdir} holds the results of a run whose checkpoints are gone: choose another --workdir, "
+      "or remove it"
+    )
   say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
   begin()
   state = with_guard(experiment, state) if state else create_state(experiment)

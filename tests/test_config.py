@@ -88,6 +88,25 @@ def test_method_group_is_the_factory_s_own_arguments(method):
   }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("seed", -1, "seed is -1; expected 0 or more"),
+    ("data.threads", 0, "data.threads is 0; expected 1 or more"),
+    ("data.workers", -1, "data.workers is -1; expected 0 or more"),
+    ("epochs", float("nan"), "epochs is nan"),
+    ("optim.learning_rate", -1.0, "learning_rate is -1.0; expected 0 or more"),
+    ("optim.weight_decay", -1.0, "weight_decay is -1.0; expected 0 or more"),
+    ("optim.momentum", 1.0, "momentum is 1.0; expected at least 0 and below 1"),
+  ],
+)
+def test_numbers_out_of_range_are_refused_before_there_is_a_folder(key, value, message):
+  config = recipe("smoke", "simclr")
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    build(config, num_examples=128, num_classes=10)
+
+
 @pytest.mark.parametrize("key", ["method.temprature", "encoder.resnet.widht", "optim.rate"])
 def test_key_that_nothing_reads_is_refused(key):
   config = recipe("smoke", "simclr")
@@ -125,6 +144,7 @@ def test_config_survives_json(name, tmp_path):
   config = recipe(name, "fusion")
   assert changed_keys(json.loads(json.dumps(config.to_dict())), config) == []
   write_run(tmp_path, config, Facts(9, 3))
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   loaded = load_config(tmp_path)
   assert flatten(loaded) == flatten(config)
   assert view_specs(loaded) == view_specs(config)  # tuples again, not JSON's lists
@@ -135,6 +155,8 @@ def test_folder_of_other_pictures_is_refused(tmp_path):
   config = base_config("simclr")
   check_run_folder(tmp_path, config, Facts(40, 2), allow_change=False)  # nothing there
   write_run(tmp_path, config, Facts(40, 2))
+  check_run_folder(tmp_path, config, Facts(47, 2), allow_change=False)  # nothing was saved
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   for other in (Facts(47, 2), Facts(40, 3), Facts(40, None)):
     with pytest.raises(ValueError, match=r"on 40 training pictures of 2 classes, and now .* has"):
       check_run_folder(tmp_path, config, other, allow_change=False)

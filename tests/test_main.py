@@ -118,6 +118,24 @@ def test_evaluate_gives_the_run_s_own_figures(finished):
   assert costs["cpu_seconds"] > 0
 
 
+@pytest.mark.parametrize("num_train", [None, 7])
+def test_evaluate_on_other_pictures_takes_all_of_them_unless_told(finished, tmp_path, num_train):
+  """The run's own limits are of its own set."""
+  folder, _, _ = finished
+  for split, n in (("train", 9), ("test", 4)):
+    for k in range(n):
+      place = tmp_path / "set" / split / "ab"[k % 2]
+      place.mkdir(parents=True, exist_ok=True)
+      Image.new("RGB", (8, 8), (k, 0, 0)).save(place / f"{k}.png")
+  out, limit = tmp_path / "own.json", [f"--data.num_train={num_train}"] if num_train else []
+  shared = [f"--workdir={folder}", f"--out={out}", "--encoders=raw_pixels", "--evals=linear"]
+  source = f"--data.source=folder:{tmp_path / 'set'}"
+  code, _, err = run(*shared, source, *limit, "--evaluate.linear.epochs=1", module=EVALUATE)
+  assert code == 0, err
+  data = json.loads(out.read_text())["data"]
+  assert (data["num_train"], data["num_test"]) == (num_train or 0, 0)
+
+
 def test_evaluate_takes_options_adds_to_its_file_and_needs_no_training_pictures(finished, tmp_path):
   folder, _, _ = finished
   out = tmp_path / "own.json"

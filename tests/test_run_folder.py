@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ssrl_jax.run_folder import merge_evaluation, read_config
+from ssrl_jax.run_folder import merge_evaluation, read_config, read_facts
 from tests.commands import ROOT
 
 OPTIONS = {"evaluate": {"knn": {"k": 5}, "linear": {"epochs": 2}}, "data": {"source": "a"}}
@@ -25,6 +25,16 @@ def test_figures_of_one_state_and_the_same_pictures_add_up(tmp_path):
     "random_init": {"knn/accuracy": 2.0},
   }
   assert record["options"] == {"knn": {"k": 5}, "linear": {"epochs": 2}}
+
+
+def test_damaged_files_are_named(tmp_path):
+  path = tmp_path / "evaluation.json"
+  path.write_text("{")
+  with pytest.raises(ValueError, match=r"evaluation\.json is damaged .*; remove it, or bring it"):
+    merge(path, {"trained": {"knn/accuracy": 1.0}})
+  (tmp_path / "data.json").write_text("")
+  with pytest.raises(ValueError, match=r"data\.json is damaged"):
+    read_facts(tmp_path)
 
 
 def test_figures_by_other_options_are_dropped_for_all_encoders(tmp_path):

@@ -121,6 +121,13 @@ def test_steps_given_ahead_end_at_lines_checkpoints_and_the_end():
   assert steps_to_edge(0, 9, 2, 3, 4) == 2
 
 
+def test_results_without_a_checkpoint_are_not_written_over(folder, tmp_path):
+  (tmp_path / "results.json").write_text("{}")
+  with pytest.raises(ValueError, match="holds the results of a run whose checkpoints are gone"):
+    run(tiny(folder, devices=1), tmp_path)
+  assert (tmp_path / "results.json").read_text() == "{}"
+
+
 def test_unknown_cache_is_refused(folder):
   with pytest.raises(ValueError, match=r"data.cache is 'gpu'; expected '' .* or 'device'"):
     build(tiny(folder, devices=1, cache="gpu"), num_examples=27, num_classes=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -126,7 +127,22 @@ def _split_folder(path: str, split: str) -> str:
         "%s is a class, give it another name", found, path, ", ".join(others[:3]), found,
       )  # fmt: skip
     return os.path.join(path, there.get(found, found))
+  _warn_of_splits(path)
   return path
+
+
+def _warn_of_splits(path: str) -> None:
+  """Says where folders in `path`, or in its only folder, are called nearly as splits are."""
+  with contextlib.suppress(OSError):  # of a folder that may not be read: said when it is listed
+    folders = [f for f in sorted(os.listdir(path)) if _is_folder(path, f) and f[0] != "."]
+    named = [f for f in folders if _LIKE_A_SPLIT.match(f)]
+    if len(named) > 1:
+      logging.warning(
+        "%s look like splits of %s, and all their pictures are taken for training: to have splits, "
+        "name the folders in PATH train and test", ", ".join(named[:3]), path,
+      )  # fmt: skip
+    elif len(folders) == 1:
+      _warn_of_splits(os.path.join(path, folders[0]))
 
 
 def _others_with_pictures(path: str, splits: Collection[str]) -> list[str]:
@@ -178,6 +194,7 @@ def _classes(
   return tuple(map(printable, names)), len(names), labels
 
 
+_LIKE_A_SPLIT = re.compile(r"(train|test|val)(ing|ation)?([_-].*)?$", re.IGNORECASE)
 _SEP = os.sep.encode()
 
 

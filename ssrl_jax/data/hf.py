@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ssrl_jax.data.decode import DamagedImage
-from ssrl_jax.data.listing import choose_columns, describe, find_shards
+from ssrl_jax.data.listing import choose_columns, describe, find_shards, number_labels
 
 # Parquet is read a row group at a time. So much of them is kept, hence a small set is read once; of
 # a larger one every picture would cost a group in random order: prepare it.
@@ -30,9 +30,9 @@ class HfSource:
     self._split, self._where = split, f"hf:{path}"
     if importlib.util.find_spec("pyarrow") is None:
       raise ValueError(f"{self._where} needs pyarrow: pip install -e '.[hf]'")
-    files, _ = find_shards(path, kind="hf", split=split, endings=(".parquet", ".arrow"))
-    # What `map` leaves beside a saved set.
-    files = [f for f in files if not os.path.basename(f).startswith(("cache-", "indices-"))]
+    found = find_shards(path, kind="hf", split=split, endings=(".parquet", ".arrow"))
+    left = ("cache-", "indices-")  # by `map`, beside a saved set
+    files, every = ([f for f in some if not os.path.basename(f).startswith(left)] for some in found)
     kinds = {(os.path.dirname(f), os.path.splitext(f)[1]) for f in files}
     if len(kinds) != 1:
       raise ValueError(
@@ -43,11 +43,15 @@ class HfSource:
     self._groups = [(f, k) for f, k, _ in groups]
     self._ends = np.cumsum([n for _, _, n in groups])
     self._image, self._label, self.class_names = _columns(files[0], self._where)
-    self.labels = self._read_labels(files)
+    if not self._label:
+      self.labels = np.full(self._ends[-1], -1, np.int32)
+    elif self.class_names:
+      self.labels = _read_labels(files, self._label).astype(np.int32)
+    else:  # numbers, of which each split may lack some
+      known = np.unique(_read_labels(every, self._label)).tolist()
+      own = _read_labels(files, self._label).tolist()
+      self.class_names, self.labels = number_labels(list(map(str, own)), set(map(str, known)))
     self.num_classes = len(self.class_names) or None
-    if self._label and not self.class_names:
-      self.num_classes = int(self.labels.max()) + 1
-      self.class_names = tuple(str(k) for k in range(self.num_classes))
     self.__setstate__(self.__dict__)
 
   def __getstate__(self) -> dict[str, Any]:
@@ -90,14 +94,14 @@ class HfSource:
     self._kept.move_to_end(k)
     return self._kept[k][0]
 
-  def _read_labels(self, files: list[str]) -> np.ndarray:
-    if not self._label:
-      return np.full(self._ends[-1], -1, np.int32)
-    columns = [_read(f, k, self._label).fill_null(-1).to_numpy() for f, k in self._groups]
-    return np.concatenate(columns).astype(np.int32)
-
   def __repr__(self) -> str:
     return f"HfSource({self._where!r}, split={self._split!r}, {describe(self)})"
+
+
+def _read_labels(files: list[str], column: str) -> np.ndarray:
+  """Whole numbers [N], -1 where there is none."""
+  groups = [(f, k) for f in files for k in range(len(_group_sizes(f)))]
+  return np.concatenate([_read(f, k, column).fill_null(-1).to_numpy() for f, k in groups])
 
 
 def _schema(file: str) -> Any:

@@ -13,7 +13,6 @@ import concurrent.futures
 import functools
 import hashlib
 import io
-import json
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from ssrl_jax.data.contact_sheet import contact_sheet
 from ssrl_jax.data.decode import FORMATS, DamagedImage, Picture, decode_pixels, read_file
 from ssrl_jax.data.listing import HELD_OUT
 from ssrl_jax.data.sources import Source, labels_of, open_source
+from ssrl_jax.files import check_outside, write_json
 
 LONGER = 512  # pixels, to which larger pictures are shrunk for mean and std
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
@@ -258,14 +258,16 @@ def main(argv: list[str]) -> int:
   args = parse(argv)
   if args.workers < 1:
     raise ValueError(f"--workers is {args.workers}; expected at least 1")
+  out = Path(args.out).expanduser()
+  if args.out:
+    check_outside(out, args.source, "--out")
   source = open_source(args.source, split=args.split, data_dir=args.data_dir, limit=args.limit)
   found = inspect(source, _other_split(args), workers=args.workers)
   for line in describe(found):
     print_line(line)
   if args.out:
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "inspect.json").write_text(json.dumps(found, indent=2) + "\n")
+    write_json(out / "inspect.json", found)
     contact_sheet(source).save(out / "sheet.png")
     print_line(f"all of it in {out / 'inspect.json'}; pictures to look at in {out / 'sheet.png'}")
   return 0

@@ -132,6 +132,27 @@ def nothing_found(root: str) -> str:
   return f"no pictures in {root}: found {found}; expected files ending in {' '.join(EXTENSIONS)}"
 
 
+def number_labels(classes: list[str], known: set[str]) -> tuple[tuple[str, ...], np.ndarray]:
+  """Names of the classes, and labels [N] of examples in `classes`, "" and "-1" being none."""
+  known, classes = known - {"-1"}, ["" if c == "-1" else c for c in classes]
+  negative = sorted(c for c in known if c[:1] == "-" and c[1:].isdecimal())
+  if negative:
+    raise ValueError(f"a label is {negative[0]}; expected 0 and more, or -1 for none")
+  if all(c.isdecimal() for c in known):
+    most = max((int(c) for c in known), default=0)
+    if most >= max(1_000_000, 10 * len(classes)):
+      raise ValueError(
+        f"a label is {most:,}, of {len(classes):,} pictures; labels are numbers of classes from 0"
+      )
+    names = tuple(str(k) for k in range(max((int(c) + 1 for c in known), default=0)))
+    labels = [int(c) if c else -1 for c in classes]
+  else:
+    names = tuple(sorted(known))
+    label_of = {name: label for label, name in enumerate(names)} | {"": -1}
+    labels = [label_of[c] for c in classes]
+  return names, np.array(labels, np.int32)
+
+
 def find_shards(
   path: str, *, kind: str, split: str, endings: tuple[str, ...]
 ) -> tuple[list[str], list[str]]:

@@ -32,6 +32,7 @@ from ssrl_jax.command_line import exit_with_one_line, print_line
 from ssrl_jax.data.arrayrecord import ENDING, INDEX, MANIFEST, encode_record
 from ssrl_jax.data.decode import FORMATS, DamagedImage, Picture, decode_pixels, read_file
 from ssrl_jax.data.sources import Source, open_source
+from ssrl_jax.files import check_outside
 
 OPTIONS = "options.json"
 EXAMPLES_A_SHARD, MAX_SHARDS = 2048, 512  # unless --shards says otherwise; readers keep shards open
@@ -168,13 +169,16 @@ def _write_shard(path: Path, start: int, records: Iterator[Record]) -> None:
   partial = path.with_name(path.name + ".partial")
   rows, refused = [], []
   writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-  for i, record in enumerate(records, start):
-    if record.refused:
-      refused.append({"position": i, **record.refused})
-    else:
-      writer.write(record.data)
-      rows.append((i, record.label, len(record.data)))
-  writer.close()
+  try:
+    for i, record in enumerate(records, start):
+      if record.refused:
+        refused.append({"position": i, **record.refused})
+      else:
+        writer.write(record.data)
+        rows.append((i, record.label, len(record.data)))
+    writer.close()
+  except RuntimeError as error:  # of the writer: a full disk, for one
+    raise OSError(f"{partial} could not be written ({error}); the same command goes on") from error
   with partial.open("rb+") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     os.fsync(file.fileno())
@@ -256,10 +260,12 @@ def main(argv: list[str]) -> int:
   ):  # fmt: skip
     if not least <= getattr(args, name) <= most:
       raise ValueError(f"--{name} is {getattr(args, name)}; expected {least} to {most}")
+  folder = Path(args.out).expanduser()
+  check_outside(folder, args.source, "--out")
   source = open_source(args.source, split=args.split, data_dir=args.data_dir, limit=args.limit)
   if args.shards > len(source):
     raise ValueError(f"--shards is {args.shards}, but there are {len(source)} examples; lower it")
-  out = Path(args.out) / args.split.partition("[")[0]
+  out = folder / args.split.partition("[")[0]
   manifest = prepare(
     source,
     out,
@@ -271,7 +277,7 @@ def main(argv: list[str]) -> int:
   print_line(
     f"{out}: {manifest['examples']:,} of {len(source):,} examples in {len(manifest['shards'])} "
     f"shards, {manifest['bytes'] / 2**20:,.1f} MiB; read them with "
-    f"--config.data.source=arrayrecord:{args.out}"
+    f"--config.data.source=arrayrecord:{folder}"
   )
   refused = manifest["refused"]
   for example in refused[:5]:

@@ -212,7 +212,10 @@ class Subset(Part):
 
   def __init__(self, source: Source, num_examples: int, *, seed: int):
     if num_examples > len(source):
-      raise ValueError(f"{num_examples} examples are asked of {source!r}; lower it, or 0 = all")
+      raise ValueError(
+        f"{num_examples} examples are asked of {source!r}; lower data.num_train or data.num_test "
+        "(or --limit), or 0 = all"
+      )
     drawn = np.random.default_rng(seed).permutation(len(source))[:num_examples]
     super().__init__(source, np.sort(drawn))
     self._seed = seed

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ssrl_jax.data import index_cache
 from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.index_cache import Names
-from ssrl_jax.data.listing import EXTENSIONS, describe, find_shards
+from ssrl_jax.data.listing import EXTENSIONS, describe, find_shards, number_labels
 
 
 class Index(NamedTuple):
@@ -54,7 +54,7 @@ class TarSource:
     self._places = np.concatenate([index.places for index in indices])
     known = {c for index in index_of.values() for c in index.classes.tolist()}
     classes = [os.fsdecode(c) for index in indices for c in index.classes.tolist()]
-    self.class_names, self.labels = _labels(classes, {os.fsdecode(c) for c in known if c})
+    self.class_names, self.labels = number_labels(classes, {os.fsdecode(c) for c in known if c})
     self.num_classes = len(self.class_names) or None
 
   def __len__(self) -> int:
@@ -80,27 +80,6 @@ class TarSource:
 
   def __repr__(self) -> str:
     return f"TarSource({self._where!r}, split={self._split!r}, {describe(self)})"
-
-
-def _labels(classes: list[str], known: set[str]) -> tuple[tuple[str, ...], np.ndarray]:
-  """Names of the classes, and labels [N] of examples in `classes`, "" and "-1" being none."""
-  known, classes = known - {"-1"}, ["" if c == "-1" else c for c in classes]
-  negative = sorted(c for c in known if c[:1] == "-" and c[1:].isdecimal())
-  if negative:
-    raise ValueError(f"a label is {negative[0]}; expected 0 and more, or -1 for none")
-  if all(c.isdecimal() for c in known):
-    most = max((int(c) for c in known), default=0)
-    if most >= max(1_000_000, 10 * len(classes)):
-      raise ValueError(
-        f"a label is {most:,}, of {len(classes):,} pictures; labels are numbers of classes from 0"
-      )
-    names = tuple(str(k) for k in range(max((int(c) + 1 for c in known), default=0)))
-    labels = [int(c) if c else -1 for c in classes]
-  else:
-    names = tuple(sorted(known))
-    label_of = {name: label for label, name in enumerate(names)} | {"": -1}
-    labels = [label_of[c] for c in classes]
-  return names, np.array(labels, np.int32)
 
 
 def _index(archive: str) -> Index:

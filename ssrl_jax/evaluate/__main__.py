@@ -137,6 +137,7 @@ def cli(argv: list[str]) -> int:
       check_folder(Path(values[flag].value).expanduser(), f"--{flag}")
     check_folder(Path(values.out).expanduser().parent, "--out")
     config = load_config(Path(values.workdir).expanduser())
+    own = config.data.source
     known = [key for key in flatten(config) if key.split(".")[0] in GROUPS]
     given = [re.sub(r"^--?config\.", "--", a) for a in argv]  # as training has it
     for said, argument in zip(argv, given):
@@ -152,7 +153,11 @@ def cli(argv: list[str]) -> int:
     }
     values.unparse_flags()
     check_no_more(values(given)[1:])
+    keys = {a.lstrip("-").split("=")[0] for a in given}
     config.update({name: group.value for name, group in groups.items()})
+    if config.data.source != own:  # other pictures: all of them
+      rest = {"num_train", "num_test"} - {key.removeprefix("data.") for key in keys}
+      config.data.update(dict.fromkeys(rest, 0))
     return run(values, config)
 
   return processes.exit_together(program, show_traceback=lambda: "--traceback" in argv)

@@ -18,7 +18,7 @@ from ssrl_jax.data.sources import Source, check_same_classes
 from ssrl_jax.evaluate import EVALS, Protocol
 from ssrl_jax.evaluate.features import Evaluation, raw_pixels
 from ssrl_jax.experiment import Experiment, abstract_state, build, create_state, open_split
-from ssrl_jax.options import nearest
+from ssrl_jax.options import check_numbers, keyword_defaults, nearest
 from ssrl_jax.run_folder import Facts, load_config, read_facts
 from ssrl_jax.state import TrainState
 
@@ -93,7 +93,8 @@ def load_run(folder: Path, *, mesh: ConfigDict | None = None, step: int | None =
     raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; it has: {there}")
   state = checkpoints.restore(abstract_state(experiment), at_most=step)
   if state is None:
-    raise FileNotFoundError(f"{folder} has no complete checkpoint yet")
+    gone = "no checkpoint any more" if (folder / "results.json").exists() else "none yet"
+    raise FileNotFoundError(f"{folder} has no complete checkpoint: {gone}")
   if step not in (None, int(state.step)):
     raise ValueError(f"the checkpoint of step {step} in {folder} is damaged")
   return Loaded(experiment, state)
@@ -121,6 +122,14 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
   labelled = [name for name, p in chosen.items() if p.needs == "labels"]
   if labelled and not train.num_classes:
     logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
+  if chosen and not (config.evaluate.size >= 1 and 0 < config.evaluate.crop <= 1):
+    raise ValueError(
+      f"evaluate.size is {config.evaluate.size} and evaluate.crop {config.evaluate.crop}; expected "
+      "at least 1 pixel, and a share of the picture above 0 and at most 1"
+    )
+  for name, protocol in chosen.items():
+    whole = {k: v for k, v in keyword_defaults(protocol.run).items() if type(v) is int}
+    check_numbers(f"evaluate.{name}.", config.evaluate[name], whole)
   if not [n for n, p in chosen.items() if p.needs != "nothing" and runs(p, train, True)]:
     return None
   try:
@@ -269,13 +278,21 @@ def control(name: str, trained: Evaluation, experiment: Experiment) -> Evaluatio
 
 def results_table(results: Results) -> str:
   """The main figures as a text table, a row for each encoder."""
-  columns = {key: title for p in EVALS.values() for key, title in p.columns.items()}
-  columns = {k: t for k, t in columns.items() if any(k in row for row in results.values())}
-  if not columns:
+  if not results:
     return "no evaluation was run"
+  found = dict.fromkeys(figure for row in results.values() for figure in row)
+  columns = {}
+  for name, protocol in EVALS.items():
+    own = {key: title for key, title in protocol.columns.items() if key in found}
+    if not own:  # of other settings than its columns are for: its accuracies, or what there is
+      keys = [key for key in found if key.split("/")[0] == name]
+      keys = [key for key in keys if key.endswith("/accuracy")] or keys
+      own = {key: key.removesuffix("/accuracy") for key in keys}
+    columns |= own
   width = max(len(t) for t in TITLES.values())
-  lines = ["".join([" " * width, *(f"{title:>12}" for title in columns.values())])]
+  wide = {key: max(12, len(title) + 2) for key, title in columns.items()}
+  lines = ["".join([" " * width, *(f"{title:>{wide[key]}}" for key, title in columns.items())])]
   for name, row in results.items():
-    cells = [f"{row[key]:12.1f}" if key in row else f"{'not run':>12}" for key in columns]
+    cells = [f"{row[k]:{n}.1f}" if k in row else f"{'not run':>{n}}" for k, n in wide.items()]
     lines.append(f"{TITLES[name]:<{width}}" + "".join(cells))
   return "\n".join(lines)

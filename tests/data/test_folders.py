@@ -132,6 +132,14 @@ def test_a_folder_that_may_not_be_read_is_named_in_one_line():
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("inner", ["", "images"])
+def test_folders_that_are_called_nearly_as_splits_are_named(tmp_path, caplog, inner):
+  for name in ("Training", "test_set"):
+    put(tmp_path / inner / name / "a.png")
+  FolderSource(str(tmp_path), split="train")
+  assert "Training, test_set look like splits of" in caplog.text
+
+
 def test_uneven_classes_and_a_test_split_without_labels(tmp_path):
   for k in range(5):
     put(tmp_path / "train" / "many" / f"{k}.png")

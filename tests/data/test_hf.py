@@ -107,6 +107,26 @@ def test_features_may_be_missing_or_partly_known(tmp_path):
   assert open_source(f"hf:{tmp_path}/c", split="train").labels.tolist() == [2, -1, -1, -1, -1, -1]
 
 
+def test_numbers_are_those_of_all_splits_and_none_that_no_class_could_have(tmp_path):
+  def write(split, labels):
+    rows = table(range(len(labels)), features=None, label=lambda i: labels[i])
+    pq.write_table(rows, tmp_path / f"{split}.parquet")
+    return open_source(f"hf:{tmp_path}", split=split)
+
+  write("test", [2, None, 0])
+  train = write("train", [0, 1, 0])
+  assert (train.class_names, train.labels.tolist()) == (("0", "1", "2"), [0, 1, 0])
+  test = open_source(f"hf:{tmp_path}", split="test")
+  assert (test.class_names, test.labels.tolist()) == (("0", "1", "2"), [2, -1, 0])
+  with pytest.raises(ValueError, match="a label is -5; expected 0 and more, or -1 for none"):
+    write("train", [0, -5, 1])
+  with pytest.raises(ValueError, match="a label is 1,000,000,000, of 2 pictures"):
+    write("train", [10**9, 1])
+  (tmp_path / "train.parquet").unlink()
+  pq.write_table(table([0], features=None, label=lambda i: None), tmp_path / "test.parquet")
+  assert write("train", [None, -1]).num_classes is None
+
+
 def test_rows_in_several_places_are_not_mixed(tmp_path):
   write_parquet(tmp_path / "small" / "train-0.parquet", range(3))
   write_parquet(tmp_path / "large" / "train-0.parquet", range(6))

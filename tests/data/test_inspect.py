@@ -108,12 +108,24 @@ def test_scenes_without_files_and_a_set_without_labels_are_described(tmp_path, c
   text = "\n".join(command.describe(command.inspect(scenes, None, workers=1)))
   assert "formats        array 12" in text
   assert "10 classes" in text
-  noise(0).save(tmp_path / "a.png")
-  assert command.cli([f"--source=folder:{tmp_path}", f"--out={tmp_path / 'out'}"]) == 0
+  (tmp_path / "in").mkdir()
+  noise(0).save(tmp_path / "in" / "a.png")
+  assert command.cli([f"--source=folder:{tmp_path / 'in'}", f"--out={tmp_path / 'out'}"]) == 0
   text = capsys.readouterr().out
   assert "no classes: nothing is labelled" in text
   assert "no other split to compare with" in text
   assert (tmp_path / "out" / "sheet.png").exists()
+
+
+def test_sheets_are_not_put_among_the_pictures(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "in" / "a").mkdir(parents=True)
+  noise(0).save(tmp_path / "in" / "a" / "a.png")
+  for out in (tmp_path / "in", tmp_path / "in" / "sheets", "~/in/a"):
+    assert command.cli([f"--source=folder:{tmp_path / 'in'}", f"--out={out}"]) == 1
+    assert "lies among the pictures of folder:" in capsys.readouterr().err
+  assert command.cli([f"--source=folder:{tmp_path / 'in'}", "--out=~/out"]) == 0
+  assert (tmp_path / "out" / "inspect.json").exists()
 
 
 def test_bad_options_are_named(tmp_path, capsys):

@@ -19,6 +19,7 @@ from ssrl_jax.data import prepare
 from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.data.sources import open_source
+from tests.commands import ROOT
 
 COUNT = 23
 
@@ -197,6 +198,18 @@ def test_clips_and_drawn_scenes_keep_their_frames_and_pixels(tmp_path):
     second.close()
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(folder, tmp_path):
+  program = "import sys; from ssrl_jax.data.prepare import cli; sys.exit(cli(sys.argv[1:]))"
+  command = [sys.executable, "-c", program, f"--source=folder:{folder}", f"--out={tmp_path}"]
+  limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *command]
+  done = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=ROOT)
+  assert done.returncode == 1
+  assert done.stderr.count("\n") == 1
+  assert "could not be written" in done.stderr
+  done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+  assert done.returncode == 0, done.stderr
+
+
 def test_a_damaged_record_is_damage_and_a_missing_shard_is_named(folder, tmp_path):
   run(f"--source=folder:{folder}", f"--out={tmp_path / 'out'}", "--shards=2")
   name = f"arrayrecord:{tmp_path / 'out'}"
@@ -236,6 +249,7 @@ def test_bad_options_are_named_and_write_nothing(options, message, folder, tmp_p
 
 
 def test_a_set_without_one_readable_picture_is_refused(tmp_path, capsys):
-  (tmp_path / "a.png").write_text("no")
-  assert run(f"--source=folder:{tmp_path}", f"--out={tmp_path / 'out'}") == 1
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "a.png").write_text("no")
+  assert run(f"--source=folder:{tmp_path / 'in'}", f"--out={tmp_path / 'out'}") == 1
   assert "no picture of the source can be read" in capsys.readouterr().err

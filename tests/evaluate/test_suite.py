@@ -123,6 +123,32 @@ def test_what_one_protocol_refuses_costs_no_figure_of_another(monkeypatch, error
   evaluated._replace(refused={}).check()
 
 
+def test_table_shows_what_was_found_also_of_other_settings_than_its_columns_are_for():
+  found = {"low_label/50pct/accuracy": 31.25, "low_label/50pct/std": 2.0, "knn/accuracy": 40.0}
+  lines = suite.results_table({"trained": found, "raw_pixels": {"knn/accuracy": 20.0}}).splitlines()
+  assert lines[0].split() == ["k-NN", "%", "low_label/50pct"]
+  assert lines[1].endswith("40.0             31.2")
+  assert lines[2].split()[-3:] == ["20.0", "not", "run"]
+  assert suite.results_table({}) == "no evaluation was run"
+  assert "7.0" in suite.results_table({"trained": {"attention/entropy": 7.0}})
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("size", 0, "evaluate.size is 0"),
+    ("crop", 0.0, "evaluate.crop 0.0"),
+    ("knn.k", 0, "evaluate.knn.k is 0; expected 1 or more"),
+  ],
+)
+def test_options_out_of_range_are_refused_before_anything_runs(key, value, message):
+  config = smoke.get_config("simclr")
+  config.evaluate.update_from_flattened_dict({key: value})
+  experiment = build(config, num_examples=128, num_classes=10)
+  with pytest.raises(ValueError, match=message):
+    open_test(experiment, Pictures(10), "knn")
+
+
 @pytest.mark.parametrize("name", ["detection", "attention"])
 def test_own_pictures_are_not_looked_for_where_no_protocol_asks_for_them(tmp_path, name):
   config = smoke.get_config("simclr")
