@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
@@ -84,7 +87,8 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
   So does Ctrl-C, with status INTERRUPTED.
   """
   try:
-    return program()
+    with ctrl_c_that_arrives():
+      return program()
   except KeyboardInterrupt:
     if show_traceback():
       traceback.print_exc()
@@ -110,6 +114,29 @@ def exit_with_one_line(program: Callable[[], int], *, show_traceback: Callable[[
       message = " ".join(" ".join(lines).split())
       print(f"error: {message}  (--traceback shows where)", file=sys.stderr)
     return 1
+
+
+@contextlib.contextmanager
+def ctrl_c_that_arrives() -> Iterator[None]:
+  """Ctrl-C raises KeyboardInterrupt; where JAX collects garbage, and it would be lost, later."""
+
+  def handler(number, frame):
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+      threading.Timer(0.05, signal.raise_signal, [number]).start()
+    else:
+      raise KeyboardInterrupt
+
+  before = signal.getsignal(signal.SIGINT)
+  try:
+    if callable(before):  # not where who started this one ignores it
+      signal.signal(signal.SIGINT, handler)
+  except ValueError:  # not the main thread
+    before = None
+  try:
+    yield
+  finally:
+    if callable(before):
+      signal.signal(signal.SIGINT, before)
 
 
 def _reader_gone() -> bool:

@@ -1,7 +1,10 @@
 """What the commands with flags of their own share."""
 
+import contextlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -54,6 +57,35 @@ def test_ctrl_c_is_one_line_and_no_error_of_the_program(capsys):
 
   assert command("--out=x", program=program) == 130
   assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_is_not_lost_where_jax_collects_garbage(capsys):
+  def _xla_gc_callback():  # what is raised here is dropped
+    with contextlib.suppress(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+
+  def program(values):
+    _xla_gc_callback()
+    time.sleep(60)
+
+  before = signal.getsignal(signal.SIGINT)
+  assert command("--out=x", program=program) == 130
+  assert capsys.readouterr().err == "interrupted\n"
+  assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line():
+  arguments = [sys.executable, "-X", "importtime", "-m", "ssrl_jax.extract", "--help"]
+  with subprocess.Popen(
+    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as process:
+    seen = []
+    for line in process.stderr:  # a line for each module that is imported
+      seen.append(line)
+      if line.rstrip().endswith("| ssrl_jax"):
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+  assert [line for line in seen if not line.startswith("import time:")] == ["interrupted\n"]
 
 
 def test_reader_of_the_output_that_goes_away_is_no_error():
