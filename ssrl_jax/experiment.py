@@ -176,11 +176,13 @@ SWITCHES = (
 def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
   """Refuses a key that was given for this run and that nothing of it reads.
 
+  One whose switch was turned off by the same command is passed by: who wrote that knows.
+
   Raises:
     ValueError: names the key, and what keeps it from having an effect.
   """
   family = "resnet" if config.encoder.name.startswith("resnet") else "vit"
-  flat = flatten(config)
+  flat, given = flatten(config), set(given)
   known = (config.optim.name,)  # who has the options that all have; a wrong name is found elsewhere
   for key in given:
     *groups, name = key.split(".")
@@ -194,7 +196,7 @@ def check_effects(config: ConfigDict, given: Iterable[str]) -> None:
     elif groups == ["optim"] and config.optim.name not in optim.OPTIONS_OF.get(name, known):
       why = f"optim.name is {config.optim.name}"
     for switch, off, others in SWITCHES:
-      if key.startswith(others) and key != switch and flat[switch] == off:
+      if key.startswith(others) and switch not in given and flat[switch] == off:
         why = f"{switch} is {off!r}"
     if why:
       raise ValueError(f"{key} would have no effect: {why}")

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,11 @@ def _command(
   os.environ |= environment  # XLA_FLAGS is read when JAX is first used
   sys.argv = [module, *arguments]
   sys.exit(importlib.import_module(module).cli(sys.argv))
+
+
+def hears_ctrl_c() -> None:
+  """For `preexec_fn`: what is started in the background ignores SIGINT, and so do its children."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(*arguments: str, module: str = MAIN) -> subprocess.Popen:

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from ssrl_jax.command_line import run_command
-from tests.commands import ROOT
+from tests.commands import ROOT, hears_ctrl_c
 
 
 def define(values):
@@ -68,17 +68,21 @@ def test_ctrl_c_is_not_lost_where_jax_collects_garbage(capsys):
     _xla_gc_callback()
     time.sleep(60)
 
-  before = signal.getsignal(signal.SIGINT)
-  assert command("--out=x", program=program) == 130
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    assert command("--out=x", program=program) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert capsys.readouterr().err == "interrupted\n"
-  assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_while_a_command_imports_is_one_line():
   arguments = [sys.executable, "-X", "importtime", "-m", "ssrl_jax.extract", "--help"]
   with subprocess.Popen(
-    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  ) as process:
+    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    preexec_fn=hears_ctrl_c,
+  ) as process:  # fmt: skip
     seen = []
     for line in process.stderr:  # a line for each module that is imported
       seen.append(line)

@@ -201,7 +201,7 @@ def test_keys_that_have_an_effect_are_not_refused():
   keys += ["encoder.attention.enabled", "optim.clip_ratio", "optim.momentum", "optim.weight_decay"]
   config.local_views.count, config.optim.clip_norm = 2, 3.0
   keys += ["local_views.count", "local_views.size", "optim.clip_each"]
-  keys += ["evaluate.during.every_steps"]
+  keys += ["evaluate.during.every_steps", "evaluate.during.num_train"]  # turned off by the command
   check_effects(config, keys)
   config.optim.name = "adm"
   check_effects(config, ["optim.name", "optim.weight_decay"])  # `make_optimizer` names it

@@ -30,7 +30,7 @@ from ssrl_jax.table import (
   resolve,
 )
 from ssrl_jax.table_text import chart, latex, long_rows, markdown
-from tests.commands import ROOT
+from tests.commands import ROOT, hears_ctrl_c
 
 SMOKE = "configs/smoke.py:simclr"
 OURS, THEIRS = Training("configs/smoke.py:fusion", {"optim.weight_decay": 0.2}), Training(SMOKE)
@@ -239,7 +239,7 @@ def test_ctrl_c_waits_for_the_training_to_save(tmp_path):
   log = tmp_path / "table.log"
   process = subprocess.Popen(
     [sys.executable, "-c", program, INTERRUPTED, str(log)], cwd=ROOT, start_new_session=True,
-    stderr=subprocess.PIPE, text=True,
+    stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c,
   )  # fmt: skip
   while process.poll() is None and not (log.exists() and log.read_text()):
     time.sleep(0.05)

@@ -42,7 +42,7 @@ def make(
   if not 0 <= sigreg_weight <= 1:
     raise ValueError(f"lejepa: sigreg_weight is {sigreg_weight}; expected 0 to 1, e.g. 0.02")
   num_global = global_views(views, method="lejepa", at_least=2).count
-  head = MLP(hidden_dim, out_dim, num_layers, final_norm=False, final_bias=True)
+  head = MLP(hidden=hidden_dim, out=out_dim, layers=num_layers, final_norm=False, final_bias=True)
   network = JointEmbedding(encoder, head)
 
   def objective(z_BVP, q_BVP, label_B, key):

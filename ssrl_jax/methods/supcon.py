@@ -42,7 +42,9 @@ def make(
   check_labelled("supcon", run)
   check_positive("supcon", temperature=temperature)
   global_spec(views, method="supcon", count=2)
-  head = MLP(hidden_dim, out_dim, num_layers, norm=False, final_norm=False, final_bias=True)
+  head = MLP(
+    hidden=hidden_dim, out=out_dim, layers=num_layers, norm=False, final_norm=False, final_bias=True
+  )
   network = JointEmbedding(encoder, head)
 
   def objective(z_BVP, q_BVP, label_B, key):
