@@ -4,6 +4,7 @@ A fork of a process that has imported everything starts in no time; importing ta
 cannot show is what `python -m` itself does, and that nothing hangs on Python's random hashes.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
@@ -92,9 +93,14 @@ def _command(
   sys.exit(importlib.import_module(module).cli(sys.argv))
 
 
-def hears_ctrl_c() -> None:
-  """For `preexec_fn`: what is started in the background ignores SIGINT, and so do its children."""
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextlib.contextmanager
+def hears_ctrl_c() -> Iterator[None]:
+  """What is started in the background ignores SIGINT, and so would what it starts in turn."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def start(*arguments: str, module: str = MAIN) -> subprocess.Popen:

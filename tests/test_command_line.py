@@ -68,21 +68,16 @@ def test_ctrl_c_is_not_lost_where_jax_collects_garbage(capsys):
     _xla_gc_callback()
     time.sleep(60)
 
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
+  with hears_ctrl_c():
     assert command("--out=x", program=program) == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  finally:
-    signal.signal(signal.SIGINT, before)
   assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_ctrl_c_while_a_command_imports_is_one_line():
   arguments = [sys.executable, "-X", "importtime", "-m", "ssrl_jax.extract", "--help"]
-  with subprocess.Popen(
-    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    preexec_fn=hears_ctrl_c,
-  ) as process:  # fmt: skip
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with hears_ctrl_c(), subprocess.Popen(arguments, cwd=ROOT, **pipes) as process:
     seen = []
     for line in process.stderr:  # a line for each module that is imported
       seen.append(line)

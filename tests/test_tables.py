@@ -237,14 +237,13 @@ def test_ctrl_c_waits_for_the_training_to_save(tmp_path):
     "tables.execute([sys.executable, '-c', sys.argv[1]], pathlib.Path(sys.argv[2]))"
   )
   log = tmp_path / "table.log"
-  process = subprocess.Popen(
-    [sys.executable, "-c", program, INTERRUPTED, str(log)], cwd=ROOT, start_new_session=True,
-    stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c,
-  )  # fmt: skip
-  while process.poll() is None and not (log.exists() and log.read_text()):
-    time.sleep(0.05)
-  os.killpg(process.pid, signal.SIGINT)
-  _, err = process.communicate(timeout=60)
+  command = [sys.executable, "-c", program, INTERRUPTED, str(log)]
+  options = {"cwd": ROOT, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+  with hears_ctrl_c(), subprocess.Popen(command, **options) as process:
+    while process.poll() is None and not (log.exists() and log.read_text()):
+      time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
   assert log.read_text() == "started\nsaved\n"
   assert "interrupted: waiting for what runs to save" in err
 
