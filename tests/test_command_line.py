@@ -1,6 +1,7 @@
 """What the commands with flags of their own share."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_ctrl_c_while_a_command_imports_is_one_line():
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
   assert [line for line in seen if not line.startswith("import time:")] == ["interrupted\n"]
+
+
+def test_program_that_uses_the_package_keeps_its_own_ctrl_c(tmp_path):
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs" / "__init__.py").write_text("import ssrl_jax")
+  main = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+  (tmp_path / "theirs" / "__main__.py").write_text(main)
+  paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+  with hears_ctrl_c():
+    done = subprocess.run(
+      [sys.executable, "-m", "theirs"], env=os.environ | paths, capture_output=True, text=True,
+      check=True,
+    )  # fmt: skip
+  assert done.stdout == "True\n"
 
 
 def test_reader_of_the_output_that_goes_away_is_no_error():
