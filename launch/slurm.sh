@@ -8,7 +8,7 @@
 # The arguments are those of ssrl_jax.main; sbatch's own options stand before the script.
 # One task on each node takes all its GPUs; with --ntasks-per-node=8 each task takes one of them.
 #
-#   PYTHON         the interpreter; default .venv/bin/python (python -m venv .venv; pip install -e '.[gpu]')
+#   PYTHON         the interpreter; default .venv/bin/python (python3 -m venv .venv && .venv/bin/pip install -e '.[gpu]')
 #   PREPARE        a command run on each node first, such as copying data from object storage to a
 #                  local disk: PREPARE='gcloud storage rsync -r gs://BUCKET/imagenet /local/imagenet'
 #   MAX_RESTARTS   how often the job may be queued again; default 20
@@ -40,9 +40,13 @@ if [[ -n ${PREPARE:-} ]]; then
 fi
 
 # A process that ends must not take the others with it: they save, or write their stacks.
-# srun's status is the highest of its tasks.
-srun --label --kill-on-bad-exit=0 "$python" -u -m ssrl_jax.main "$@"
+# srun's status is the highest of its tasks: an error of one, 1, would be hidden by the 75 of those
+# that it leaves alone, so it is 200 here.
+# shellcheck disable=SC2016  # for the shell of the task
+task='trap : TERM; "$@"; status=$?; exit $((status == 1 ? 200 : status))'
+srun --label --kill-on-bad-exit=0 bash -c "$task" task "$python" -u -m ssrl_jax.main "$@"
 status=$?
+((status != 200)) || status=1
 
 # 75: others are gone, or nothing moved. 134: ended by JAX, as others are gone. 137: killed, mostly
 # for memory. 143: saved and stopped by SIGTERM. Anything else a restart would not put right.

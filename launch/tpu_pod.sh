@@ -53,11 +53,10 @@ ensure_slice() { # until it is ACTIVE; one that was preempted cannot come back, 
 }
 
 install() { # the working tree as it is committed, Python 3.12 (the images have an older one), the mounts
-  local tree
   tree=$(mktemp --suffix=.tar.gz)
+  trap 'rm -f "$tree"' EXIT
   git archive --format=tar.gz --output="$tree" HEAD
   gcloud compute tpus tpu-vm scp "$tree" "$NAME:ssrl_jax.tar.gz" --zone="$ZONE" --worker=all --quiet
-  rm "$tree"
   on_all "set -e
     mkdir -p ssrl_jax
     cd ssrl_jax
@@ -68,7 +67,7 @@ install() { # the working tree as it is committed, Python 3.12 (the images have 
       echo \"deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" |
         sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
       curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null
-      sudo apt-get update -q && sudo apt-get install -qy gcsfuse
+      sudo apt-get update -q && sudo apt-get install -qy -o DPkg::Lock::Timeout=300 gcsfuse
     }
     mountpoint -q data || gcsfuse --implicit-dirs -o ro '$DATA' data
     mountpoint -q runs || gcsfuse --implicit-dirs '$RUNS' runs
@@ -99,10 +98,27 @@ statuses() { # a line for each host: its exit status, 'running', or 'lost' (noth
   }" 2>/dev/null || echo "no answer"
 }
 
+failures=0
 while true; do
   ensure_slice
-  install
-  start_run "$@"
+  set +e
+  (
+    set -e
+    install
+    start_run "$@"
+  )
+  failed=$?
+  set -e
+  if ((failed)); then # a connection, or a slice that was preempted just then
+    if ((++failures == 5)); then
+      echo "error: copying, installing or starting failed 5 times" >&2
+      exit 1
+    fi
+    echo "copying, installing or starting failed: trying again"
+    sleep "$poll"
+    continue
+  fi
+  failures=0
   echo "running; logs are in runs/logs on the hosts, and in gs://$RUNS/logs when they end"
   while found=$(statuses) && grep -q running <<<"$found" && [[ $(state) == ACTIVE ]]; do
     sleep "$poll"

@@ -68,7 +68,7 @@ def cut_networks(num_parts: int, *, batch_size: int) -> Callable:
 
   def cut(call, args, kwargs, context):
     module, name = context.module, context.method_name
-    whole = not module.path and not module.variables.get("batch_stats")
+    whole = not module.path and not jax.tree.leaves(module.variables.get("batch_stats", {}))
     if inside or name == "setup" or not (whole or module.path == ("encoder",)):
       return call(*args, **kwargs)
     network, variables = module.unbind()

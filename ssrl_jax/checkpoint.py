@@ -138,6 +138,7 @@ class Checkpoints:
     """Returns when `state` is on disk; raises CheckpointError if it does not get there."""
     self.save(state, step=step, score=score)
     while not self._ended() or self._due is not None:
+      self._moved()  # waiting for a disk is no hanging
       time.sleep(max(0.0, self._due - time.monotonic()))
       self.save(state, step=step, score=score)
 

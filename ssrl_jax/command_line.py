@@ -122,7 +122,8 @@ def ctrl_c_that_arrives() -> Iterator[None]:
 
   def handler(number, frame):
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-      threading.Timer(0.05, signal.raise_signal, [number]).start()
+      # To this thread, which may wait for something: raise_signal would tell the timer's.
+      threading.Timer(0.05, signal.pthread_kill, [threading.get_ident(), number]).start()
     else:
       raise KeyboardInterrupt
 

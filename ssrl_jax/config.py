@@ -23,7 +23,7 @@ from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import make_resnet
 from ssrl_jax.models.vit import make_vit
-from ssrl_jax.options import keyword_defaults, nearest
+from ssrl_jax.options import keyword_defaults, nearest, nearest_key
 
 # What may change between a run and its continuation. It cannot change what a step computes, but for
 # `epochs` and `steps`: a run that is made longer goes on with the schedules of the longer run; and
@@ -193,7 +193,7 @@ def change(config: ConfigDict, changes: dict[str, Any]) -> None:
   groups = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
   for path, value in changes.items():
     if path not in known and path not in groups:
-      raise ValueError(nearest(path, known, "config key"))
+      raise ValueError(nearest_key(path, known, "config key"))
     config.update_from_flattened_dict({path: value})
 
 

@@ -29,6 +29,15 @@ from ssrl_jax.probe import init_probe
 from ssrl_jax.state import TrainState
 from ssrl_jax.views import abstract_views, check_ramp, check_specs
 
+LEAST = {
+  "seed": 0,
+  "data.workers": 0,
+  "data.threads": 1,
+  "data.steps_ahead": 1,
+  "log.every_steps": 1,
+  "checkpoint.every_steps": 1,
+}
+
 
 @dataclass(frozen=True, eq=False)  # so that what is traced for one can be kept
 class Experiment:
@@ -121,24 +130,13 @@ def build(
   steps_per_epoch = num_examples // batch_size
   if not 0 <= config.epochs < math.inf:
     raise ValueError(f"epochs is {config.epochs}; expected a number of 0 or more")
-  least = {"seed": 0, "data.workers": 0, "data.threads": 1}
-  for name, value in {key: flatten(config)[key] for key in least}.items():
-    if value < least[name]:
-      raise ValueError(f"{name} is {value}; expected {least[name]} or more")
+  check_numbers("", flatten(config), LEAST)
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
   if total_steps < 1:
     raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
   check_ramp(**config.views_ramp)
   check_fraction(config.data.max_bad_fraction)
   guard.check_options(**config.guard)
-  cadences = {
-    "log.every_steps": config.log.every_steps,
-    "checkpoint.every_steps": config.checkpoint.every_steps,
-    "data.steps_ahead": config.data.steps_ahead,
-  }
-  for name, steps in cadences.items():
-    if steps < 1:
-      raise ValueError(f"{name} is {steps}; expected 1 or more")
   if config.data.cache not in ("", "device"):
     raise ValueError(f"data.cache is {config.data.cache!r}; expected '' (streamed) or 'device'")
   run = Run(batch_size, steps_per_epoch, total_steps, num_classes)

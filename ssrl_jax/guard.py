@@ -138,7 +138,10 @@ class Guard:
       return False
     if self._writes:
       record = {"step": step, "first_bad_tensor": name, "ids": ids}
-      write_json(self._workdir / "non_finite.json", record)
+      try:
+        write_json(self._workdir / "non_finite.json", record)
+      except OSError as error:  # which must not hide what follows
+        logging.warning("%s: %s", self._workdir / "non_finite.json", error)
     count = f" for the {in_a_row:.0f}th time in a row (guard.patience)" if in_a_row else ""
     raise FloatingPointError(
       f"{what}{count}; images {ids[:8]}{' ...' if len(ids) > 8 else ''}, all of them in "

@@ -44,7 +44,7 @@ from ssrl_jax.experiment import (
 from ssrl_jax.files import check_folder
 from ssrl_jax.knobs import help_lines
 from ssrl_jax.optim import describe_groups
-from ssrl_jax.options import nearest
+from ssrl_jax.options import nearest_key
 from ssrl_jax.report import Figures, gather, write_report
 from ssrl_jax.run_folder import Facts, alone_in, check_run_folder, write_results, write_run
 from ssrl_jax.state import TrainState
@@ -221,10 +221,8 @@ def unknown_key(argv: list[str]) -> str | None:
   """The message for the first --config.KEY of the command line that the recipe does not have."""
   known = recipe_alone(argv)
   for key in given_keys(argv):
-    group = key.rpartition(".")[0]
     if key not in known and not any(k.startswith(f"{key}.") for k in known):
-      beside = [k for k in known if k.rpartition(".")[0] == group] or list(known)
-      return nearest(key, beside, "config key")
+      return nearest_key(key, known, "config key")
   return None
 
 

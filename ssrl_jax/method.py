@@ -246,6 +246,20 @@ def forward(
   return unfold_views(output, views_BVHWC.shape[1]), mutated.get("batch_stats", {})
 
 
+def forward_target(
+  network: nn.Module,
+  target: dict[str, Any],
+  views_BVHWC: Array,
+  *args: Any,
+  method: str | None = None,
+) -> tuple[Any, dict[str, Any]]:
+  """What the target says of views, [B, V, ...] without gradient, and the target after it."""
+  output, stats = forward(
+    network, target["params"], target["batch_stats"], views_BVHWC, None, *args, method=method
+  )
+  return jax.lax.stop_gradient(output), target | {"batch_stats": stats}
+
+
 def encode_with(encoder: nn.Module, *, target: bool = False) -> Encoder:
   """`Method.encoder`: the online network's, or the target's."""
 
@@ -295,6 +309,15 @@ def update_target(method_state: MethodState, params: Params, tau: Array | float)
   return method_state | {"target": target | {"params": move(target["params"], params)}}
 
 
+def follow(tau: Callable[[Array], Array | float]) -> Callable[..., tuple[Params, MethodState]]:
+  """`Method.after_update` that moves the target; tau: step -> the fraction of it that is kept."""
+
+  def after_update(params, method_state, step):
+    return params, update_target(method_state, params, tau(step))
+
+  return after_update
+
+
 def cosine_tau(base: float, step: Array, total_steps: int) -> Array:
   """BYOL's schedule: `base` at step 0, 1 at the last, as half a cosine."""
   return 1 - (1 - base) * (jnp.cos(jnp.pi * step / total_steps) + 1) / 2
@@ -314,7 +337,7 @@ def push(queue_QP: Array, newest_BP: Array) -> Array:
 
 def linear_warmup(start: float, end: float, step: Array, num_steps: float) -> Array:
   """From `start` at step 0 to `end` at `num_steps`, and that from then on."""
-  return start + (end - start) * jnp.minimum(step / max(num_steps, 1), 1)
+  return start + (end - start) * (jnp.minimum(step / num_steps, 1) if num_steps > 0 else 1.0)
 
 
 def joint_embedding(

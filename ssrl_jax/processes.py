@@ -226,7 +226,7 @@ def first_does(action: Callable[[], object]) -> None:
     try:
       action()
     except (ValueError, OSError) as caught:
-      error, text = caught, str(caught).encode()[:MESSAGE]
+      error, text = caught, (str(caught) or type(caught).__name__).encode()[:MESSAGE]
   if jax.process_count() > 1:
     letters = np.frombuffer(text.ljust(MESSAGE), np.uint8)
     text = np.asarray(multihost_utils.broadcast_one_to_all(letters)).tobytes().rstrip()

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,21 +177,32 @@ def merge_evaluation(
   options: dict[str, Any],
   step: int,
   state_digest: str,
+  num_pictures: Sequence[int] = (),
 ) -> None:
-  """Adds figures to evaluation.json; those of another state, pictures or options are dropped."""
+  """Adds figures to evaluation.json; those of another state, pictures or options are dropped.
+
+  num_pictures: of the training and the test set, which may have grown; empty: not looked at.
+  """
   if jax.process_index() != 0:
     return
   data = flatten(ConfigDict({"data": options["data"]}))
   data = {k.removeprefix("data."): v for k, v in data.items() if not k.startswith(HARMLESS)}
   same = {"step": step, "state_digest": state_digest, "data": data}
   same |= {"view": {name: options["evaluate"].get(name) for name in ("size", "crop")}}
+  same |= {"num_pictures": list(num_pictures)} if num_pictures else {}
   record = same | {"results": {}, "options": {}}
   if path.exists():
     old = read_json(path)
     older = {k: v for k, v in old.get("data", {}).items() if not f"data.{k}".startswith(HARMLESS)}
     old = {**old, "data": older}
-    if all(old.get(key, value) == value for key, value in same.items()):
-      record = old | same  # older files have no "view"
+    other = [key for key, value in same.items() if old.get(key, value) != value]
+    if other and old.get("results"):
+      logging.warning(
+        "%s: what it held was of another %s and is replaced; --out=NAME.json keeps both",
+        path, " and ".join(other),
+      )  # fmt: skip
+    if not other:
+      record = old | same  # older files have no "view", "num_pictures"
   new = {figure.split("/")[0] for figures in results.values() for figure in figures}
   for name in new:
     given = json.loads(json.dumps(options["evaluate"][name]))  # tuples as they come back

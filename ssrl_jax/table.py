@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ssrl_jax.config import change, flatten, load_file
 from ssrl_jax.evaluate.suite import TITLES, select
 from ssrl_jax.experiment import check_effects
-from ssrl_jax.options import nearest
+from ssrl_jax.options import nearest, nearest_key
 
 DATA = "{data}"  # in a value of a table: the folder of the data sets, wherever that is
 BUDGETS = ("local", "paper")
@@ -138,4 +138,4 @@ def _check_options(judge: Judge, config: ConfigDict) -> None:
   known = [key for key in flatten(config) if key.split(".")[0] in ("evaluate", "data")]
   for key in judge.options:
     if key not in known:
-      raise ValueError(nearest(key, known, "option of an evaluation"))
+      raise ValueError(nearest_key(key, known, "option of an evaluation"))

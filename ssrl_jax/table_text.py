@@ -118,6 +118,8 @@ def markdown(record: Record, *, command: str) -> str:
     f"    {command}",
     "",
   ]
+  if record.get("machines"):
+    lines += [f"On {'; '.join(record['machines'])}. Cost: {record['cost']}.", ""]
   trainings = {
     f"`{row['recipe']}`" + "".join(f" `{k}={v}`" for k, v in row["overrides"].items()): None
     for row in record["rows"]

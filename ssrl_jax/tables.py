@@ -28,7 +28,7 @@ from ssrl_jax.command_line import print_line, run_command
 from ssrl_jax.config import HARMLESS, flatten
 from ssrl_jax.dry_run import ASSUMED_MFU, REFERENCE_DEVICE, assumed_experiment, cost
 from ssrl_jax.evaluate.suite import select
-from ssrl_jax.files import check_folder, write_json
+from ssrl_jax.files import check_folder, read_json, write_json
 from ssrl_jax.flops import measured_matmul_flops
 from ssrl_jax.run_folder import load_config, wait_until_free
 from ssrl_jax.table import DATA, Column, Judge, Row, Table, Training, load_tables, resolve
@@ -49,10 +49,17 @@ class Run(NamedTuple):
 
   def folder(self, workdirs: Sequence[Path]) -> Path:
     """Where it is; if it is nowhere, where it will be: in the first of `workdirs`."""
+    return self.copies(workdirs)[0]
+
+  def copies(self, workdirs: Sequence[Path]) -> list[Path]:
+    """`folder`, and those with the same trained bytes in others of `workdirs`."""
     name = f"{self.training.name}-{self.seed}"
     folders = [w / "runs" / name for w in workdirs]
-    found = [f for f in folders if (f / "results.json").exists()] or filter(finished, folders)
-    return next(iter(found), folders[0])
+    done = [f for f in folders if (f / "results.json").exists()]
+    if not done:
+      return [next(filter(finished, folders), folders[0])]
+    digest = lambda f: read_json(f / "results.json").get("state_digest", f)  # noqa: E731
+    return [done[0], *(f for f in done[1:] if digest(f) == digest(done[0]))]
 
 
 def runs_of(*tables: Table) -> list[Run]:
@@ -118,10 +125,12 @@ def diverged(folder: Path) -> bool:
   return (folder / "non_finite.json").exists() and not (folder / "results.json").exists()
 
 
-def judged_file(folder: Path, key: str, judge: Judge) -> Path:
-  """Where a judge's figures of a run are: another file for other options."""
+def judged_file(run: Run, key: str, judge: Judge, workdirs: Sequence[Path]) -> Path:
+  """Where a judge's figures of a run are, or will be: another file for other options."""
   text = json.dumps([judge.evals, sorted(judge.options.items()), judge.of], default=list)
-  return folder / "judged" / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+  name = f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+  files = [folder / "judged" / name for folder in run.copies(workdirs)]
+  return next((file for file in files if file.exists()), files[0])
 
 
 def refuse_outdated(table: Table, workdirs: Sequence[Path]) -> None:
@@ -172,7 +181,7 @@ def missing(
     if not finished(folder):
       to_train.append(run)
     for key, judge in table.judges.items():
-      done = figures_of(judged_file(folder, key, judge))
+      done = figures_of(judged_file(run, key, judge, workdirs))
       left = tuple(e for e in run.encoders if not has_all(done.get(e, {}), judge, e))
       if left and not diverged(folder):
         to_judge.append((run, key, left))
@@ -262,7 +271,7 @@ def make(
       other = by_name[judge.of].folder(workdirs) if judge.of else None
       if other and not (other / "results.json").exists():
         continue  # of another share, and not trained to its end yet
-      out = judged_file(folder, key, judge)
+      out = judged_file(run, key, judge, workdirs)
       do(
         judge_command(judge, run, folder, out, encoders, other, data),
         run,
@@ -295,13 +304,14 @@ def values(table: Table, row: Row, column: Column, workdirs: Sequence[Path]) -> 
   """{seed: figure} of what there is."""
   found = {}
   for seed in row.seeds:
-    folder = Run(row.training, seed, (row.encoder,)).folder(workdirs)
+    run = Run(row.training, seed, (row.encoder,))
+    folder = run.folder(workdirs)
     if not finished(folder):
       continue
     if column.judge == "run":
       figures = run_figures(folder) if row.encoder == "trained" else {}
     else:
-      path = judged_file(folder, column.judge, table.judges[column.judge])
+      path = judged_file(run, column.judge, table.judges[column.judge], workdirs)
       figures = figures_of(path).get(row.encoder, {})
     if figures.get(column.figure) is not None:
       found[seed] = float(figures[column.figure])
@@ -313,15 +323,30 @@ def spent(tables: Sequence[Table], workdirs: Sequence[Path]) -> str:
   trained: set[Path] = set()
   judged: set[Path] = set()
   for table in tables:
-    for folder in (run.folder(workdirs) for run in runs_of(table)):
-      trained.add(folder / "costs.json")
-      judged |= {costs_file(judged_file(folder, k, judge)) for k, judge in table.judges.items()}
+    for run in runs_of(table):
+      trained.add(run.folder(workdirs) / "costs.json")
+      files = (judged_file(run, k, judge, workdirs) for k, judge in table.judges.items())
+      judged |= set(map(costs_file, files))
 
   def told(paths: Set[Path], what: str) -> str:
     costs = [json.loads(path.read_text())["cpu_seconds"] for path in paths if path.exists()]
     return f"{what} {sum(costs) / 3600:.2g} CPU hours (of {len(costs)})"
 
   return f"{told(trained, 'trainings')}, {told(judged, 'evaluations')}"
+
+
+def machines(table: Table, workdirs: Sequence[Path]) -> list[str]:
+  """What the trainings that there are were made on, and with."""
+  found = set()
+  for folder in (run.folder(workdirs) for run in runs_of(table)):
+    record = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
+    if "devices" in record and "versions" in record:
+      on, using = record["devices"], record["versions"]
+      found.add(
+        f"{on['count']} x {on['kind']}, {on['host_cores']} cores of {on['host']}, jax "
+        f"{using['jax']}, Python {using['python']}"
+      )
+  return sorted(found)
 
 
 def plan(
@@ -338,7 +363,7 @@ def plan(
     runs, judged = missing(table, workdirs)
     to_train |= {(r.training.name, r.seed): r for r in runs if (r.training.name, r.seed) in share}
     for run, key, _ in [j for j in judged if (j[0].training.name, j[0].seed) in share]:
-      to_judge.add(judged_file(run.folder(workdirs), key, table.judges[key]))
+      to_judge.add(judged_file(run, key, table.judges[key], workdirs))
   here = measured_matmul_flops() * ASSUMED_MFU * 3600
   total_reference = total_here = 0.0
   say(f"{'run':<44}{'steps':>9}{'FLOP a step':>13}{'FLOPs':>10}{'H200 h':>9}{'here h':>9}")
@@ -443,7 +468,8 @@ def measured(table: Table, workdirs: Sequence[Path]) -> dict[str, Any]:
   return {
     "title": table.title, "text": table.text, "source": table.source, "rows": rows,
     "columns": [c._asdict() for c in table.columns], "subject": table.subject,
-    "baselines": list(table.baselines),
+    "baselines": list(table.baselines), "machines": machines(table, workdirs),
+    "cost": spent([table], workdirs),
     "judges": {k: {"evals": j.evals, "options": dict(j.options)} for k, j in table.judges.items()},
   }  # fmt: skip
 

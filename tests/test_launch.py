@@ -47,7 +47,9 @@ while [[ $1 == --* ]]; do
   shift
 done
 for ((i = 0; i < tasks; i++)); do
-  "$@" || highest=$?
+  SLURM_PROCID=$i "$@"
+  status=$?
+  ((status <= highest)) || highest=$status
 done
 ((highest != 143)) || kill -TERM $PPID
 exit $highest
@@ -74,9 +76,10 @@ def test_environment_that_was_cut_short_or_lost_its_python_is_mended(tmp_path, b
   assert str(venv) in done.stdout.splitlines()[-1]
 
 
-def slurm(folder, status, *, restarts=0, state="RUNNING", **environment):
-  """Runs the script in a job of 2 nodes with 2 tasks on each."""
-  train = f'echo "$SRUN_CPUS_PER_TASK cpus" >>$here/calls\nexit {status}'
+def slurm(folder, status, *, own=(), restarts=0, state="RUNNING", **environment):
+  """Runs the script in a job of 2 nodes with 2 tasks on each; `own`: statuses of the first ones."""
+  own = "".join(f"[[ $SLURM_PROCID != {i} ]] || exit {s}\n" for i, s in enumerate(own))
+  train = f'echo "$SRUN_CPUS_PER_TASK cpus" >>$here/calls\n{own}exit {status}'
   env = stand_ins(folder, srun=SRUN, scontrol=SCONTROL % state, train=train, copy="exit $1")
   env |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
   env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "16"}
@@ -97,11 +100,14 @@ def slurm(folder, status, *, restarts=0, state="RUNNING", **environment):
     (134, {"restarts": 19}, True),
     (137, {"restarts": 20}, False),
     (processes.STOPPED, {"state": "CANCELLED"}, False),
+    (processes.LOST, {"own": (0, processes.STOPPED)}, True),
+    (1, {"own": (processes.LOST, 137)}, False),  # an error, and those that it left alone
   ],
 )
 def test_slurm_job_is_queued_again_where_that_helps(status, options, again, tmp_path):
   code, calls = slurm(tmp_path, status, **options)
-  assert calls[0] == "srun --label --kill-on-bad-exit=0 train -u -m ssrl_jax.main --config=a b"
+  assert calls[0].startswith("srun --label --kill-on-bad-exit=0 bash -c trap")
+  assert calls[0].endswith(" task train -u -m ssrl_jax.main --config=a b")
   assert calls[1:9] == ["train -u -m ssrl_jax.main --config=a b", "16 cpus"] * 4
   assert ("scontrol requeue 7" in calls) == again
   assert code == (0 if again else status)
@@ -136,7 +142,7 @@ at_hosts() {
 last=${!#}
 case $4 in
   ssh) at_hosts "${last#--command=}" ;;
-  scp) rm -f $here/deaf-*; at_hosts "cp $5 ${6#*:}" ;;
+  scp) rm -f $here/deaf-*; ! rm $here/flaky 2>/dev/null || exit 255; at_hosts "cp $5 ${6#*:}" ;;
   describe) cat $here/state 2>/dev/null ;;
   create) (cd $here/ends && mkdir -p $(printf "$here/hosts/%s " *)); echo ACTIVE >$here/state ;;
   delete) rm -r $here/hosts $here/state ;;
@@ -262,6 +268,15 @@ def test_tpu_run_without_a_status_is_neither_running_nor_finished(end, found, tm
   assert done.returncode == 0, done.stderr
   assert f"ended with {found} : starting again" in done.stdout
   assert started(calls) == 4
+
+
+def test_tpu_connection_that_fails_once_is_tried_again(tmp_path):
+  (tmp_path / "flaky").touch()
+  done, calls = tpu_pod(tmp_path, ["0,0"], state="ACTIVE")
+  assert done.returncode == 0, done.stderr
+  assert "copying, installing or starting failed: trying again" in done.stdout
+  assert calls.count("scp") == 2
+  assert started(calls) == 2
 
 
 def until(holds, script):

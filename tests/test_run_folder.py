@@ -105,3 +105,17 @@ def test_two_processes_may_write_one_file(tmp_path):
   assert [process.communicate()[1] for process in both] == [b"", b""]
   assert json.loads(path.read_text()) == list(range(499))
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_figures_of_as_many_pictures_add_up_and_of_more_replace(tmp_path, caplog):
+  path, one = tmp_path / "evaluation.json", {"trained": {"knn/accuracy": 1.0}}
+  add = lambda results, n: merge_evaluation(  # noqa: E731
+    path, results, options=OPTIONS, step=8, state_digest="d", num_pictures=n
+  )
+  add(one, (5, 3))
+  add({"trained": {"linear/accuracy": 2.0}}, ())  # of a protocol with its own pictures
+  assert len(json.loads(path.read_text())["results"]["trained"]) == 2
+  assert not caplog.records
+  add(one, (5, 4))
+  assert json.loads(path.read_text())["results"] == one
+  assert "was of another num_pictures and is replaced; --out=NAME.json keeps" in caplog.text

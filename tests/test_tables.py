@@ -308,7 +308,7 @@ def test_a_judgement_that_was_cut_short_is_made_again(tmp_path):
   both = TABLE._replace(judges={"frozen": judge})
   run = tables.runs_of(both)[0]
   folder = run.folder([tmp_path])
-  out = tables.judged_file(folder, "frozen", judge)
+  out = tables.judged_file(run, "frozen", judge, [tmp_path])
   out.parent.mkdir(parents=True)
   (folder / "results.json").write_text("{}")
   for figures, left in (({"knn/a": 1}, True), ({"knn/a": 1, "linear/a": 1}, False)):
@@ -585,7 +585,7 @@ def test_pictures_of_what_is_done_need_not_be_there(tmp_path):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("{}")
     for key, figure in (("near", "knn/accuracy"), ("boxes", "detection/AP")):
-      path = tables.judged_file(folder, key, table.judges[key])
+      path = tables.judged_file(run, key, table.judges[key], [tmp_path])
       path.parent.mkdir(exist_ok=True)
       path.write_text(json.dumps({"results": {"trained": {figure: 1.0}}}))
   share = tables.share_of([table], "1/1")
@@ -615,3 +615,19 @@ def test_plan_of_a_share_is_of_that_share(tmp_path, capsys):
     tables.plan([TABLE], [tmp_path], share=part, say=print)
     told.append(int(re.search(r"(\d+) trainings", capsys.readouterr().out)[1]))
   assert told == [1, 1, 5]
+
+
+def test_what_a_copy_of_a_run_was_judged_by_counts(tmp_path):
+  """Merged: trained in one folder, copied to another and judged there."""
+  judge, first, second = TABLE.judges["frozen"], tmp_path / "a", tmp_path / "b"
+  run = tables.runs_of(TABLE)[0]
+  for folder in (run.folder([first]), run.folder([second])):
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"state_digest": "x"}')
+  out = tables.judged_file(run, "frozen", judge, [second])
+  out.parent.mkdir()
+  out.write_text(json.dumps({"results": {}}))
+  assert tables.judged_file(run, "frozen", judge, [first, second]) == out
+  assert run.folder([first, second]) == run.folder([first])
+  (run.folder([second]) / "results.json").write_text('{"state_digest": "y"}')  # another training
+  assert tables.judged_file(run, "frozen", judge, [first, second]) != out

@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from ssrl_jax.data.decode import DamagedImage
-from ssrl_jax.data.listing import describe, find_shards
+from ssrl_jax.data.listing import describe, find_shards, locate
 
 ENDING = ".arrayrecord"
 MANIFEST, INDEX = "manifest.json", "index.npz"
@@ -83,13 +83,8 @@ class ArrayRecordSource:
     try:
       return os.fsdecode(self._record(i)["name"])
     except DamagedImage:
-      shard, at = self._place(i)
+      shard, at = locate(self._ends, i)
       return f"{self._shards[shard]}, record {at}"
-
-  def _place(self, position: Any) -> tuple[Any, Any]:
-    """Shard and record within it, of one position or of an array of them."""
-    shard = np.searchsorted(self._ends, position, side="right")
-    return shard, position - np.concatenate([[0], self._ends])[shard]
 
   def _record(self, i: int) -> dict[str, Any]:
     (record,) = self._read(np.array([i]))
@@ -97,7 +92,7 @@ class ArrayRecordSource:
 
   def _read(self, position_N: np.ndarray) -> list[dict[str, Any]]:
     """Records, those of a shard in one call: one by one would cost more than small pictures do."""
-    shard_N, at_N = self._place(position_N)
+    shard_N, at_N = locate(self._ends, position_N)
     records: dict[int, dict[str, Any]] = {}
     for k in np.unique(shard_N).tolist():
       mine = np.flatnonzero(shard_N == k)

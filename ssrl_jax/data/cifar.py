@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssrl_jax.data.listing import describe, find_split
+from ssrl_jax.data.listing import describe, find_split, locate
 
 PIXELS = 3 * 32 * 32  # red, green, blue, each row by row
 
@@ -74,7 +74,7 @@ class CifarSource:
     return len(self.labels)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    file, at = self._place(i)
+    file, at = locate(self._ends, i)
     image = self._rows[file][at, -PIXELS:].reshape(3, 32, 32).transpose(1, 2, 0)
     return {"image": np.ascontiguousarray(image), "label": int(self.labels[i])}
 
@@ -82,12 +82,8 @@ class CifarSource:
     return {i: self[i] for i in positions}
 
   def name(self, i: int) -> str:
-    file, at = self._place(i)
+    file, at = locate(self._ends, i)
     return f"{self._files[file].name}/{at}"
-
-  def _place(self, i: int) -> tuple[int, int]:
-    file = int(np.searchsorted(self._ends, i, side="right"))
-    return file, int(i - (self._ends[file - 1] if file else 0))
 
   def __reduce__(self):
     return _reopen, (self._path, self._split)  # a process maps the files itself

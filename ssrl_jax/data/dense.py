@@ -397,8 +397,14 @@ def _is_number(value: Any) -> bool:
 
 def _class_names(root: Path) -> tuple[str, ...]:
   if (root / "classes.txt").is_file():
-    lines = (root / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    text = (root / "classes.txt").read_text(encoding="utf-8-sig")
+    names = tuple(line.strip() for line in text.rstrip().splitlines())
+    if "" in names:
+      raise ValueError(
+        f"line {names.index('') + 1} of {root / 'classes.txt'} is empty; class {names.index('')} "
+        "needs a name, as line n is that of class n - 1"
+      )
+    return names
   masks = [str(root / "masks" / p) for p in _pictures(root / "masks") if p.lower().endswith(".png")]
   highest = _in_threads(lambda path: _highest(read_mask(path)), masks)
   return tuple(str(number) for number in range(max(highest) + 1))
@@ -412,7 +418,9 @@ def _upright_size(path: str | Path) -> tuple[int, int] | None:
   """Height and width as `decode` shows the picture, from its header; None: it cannot be read."""
   try:
     with Image.open(path, formats=FORMATS) as im:
-      height, width = im.size[::-1]
+      # Of a TIFF that lies sideways `size` is exchanged already, its tags are not.
+      stored = (im.tag_v2[256], im.tag_v2[257]) if im.format == "TIFF" else im.size
+      height, width = stored[::-1]
       # Asked for it, Pillow would decode a whole PNG to see whether a tag stands behind the pixels.
       sideways = (im.format != "PNG" or "exif" in im.info) and orientation(im) >= 5
   except Exception:  # Pillow's plugins raise many kinds on damaged files

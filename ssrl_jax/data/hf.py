@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ssrl_jax.data.decode import DamagedImage
-from ssrl_jax.data.listing import choose_columns, describe, find_shards, number_labels
+from ssrl_jax.data.listing import choose_columns, describe, find_shards, locate, number_labels
 
 # Parquet is read a row group at a time. So much of them is kept, hence a small set is read once; of
 # a larger one every picture would cost a group in random order: prepare it.
@@ -64,7 +64,7 @@ class HfSource:
     return len(self.labels)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    k, row = self._place(i)
+    k, row = locate(self._ends, i)
     with self._lock:
       column = self._column(k)
     picture = column[row].as_py()
@@ -75,13 +75,9 @@ class HfSource:
     return {"image": picture, "label": int(self.labels[i])}
 
   def name(self, i: int) -> str:
-    k, row = self._place(i)
+    k, row = locate(self._ends, i)
     file, group = self._groups[k]
     return f"{os.path.basename(file)}, group {group}, row {row}"
-
-  def _place(self, i: int) -> tuple[int, int]:
-    k = int(np.searchsorted(self._ends, i, side="right"))
-    return k, int(i - (self._ends[k - 1] if k else 0))
 
   def _column(self, k: int) -> Any:
     """The pictures of group `k`, those used last being kept."""

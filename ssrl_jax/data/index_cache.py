@@ -69,8 +69,12 @@ def load(kind: str, path: str) -> Arrays | None:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-  """Changes whenever a file or a folder's entries do, even if its times are set back."""
-  return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+  """Changes whenever a file or a folder's entries do, even if its times are set back.
+
+  Of 64 bits each, without a sign: times before 1970 are large numbers.
+  """
+  words = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+  return tuple(word % 2**64 for word in words)
 
 
 def save(kind: str, path: str, arrays: Arrays, *, stamps: np.ndarray, now: int) -> None:
@@ -80,7 +84,7 @@ def save(kind: str, path: str, arrays: Arrays, *, stamps: np.ndarray, now: int) 
     stamps: uint64 [n, 4], of everything that was listed.
     now: when they were taken, in nanoseconds; what had changed shortly before is not kept.
   """
-  if stamps[:, 2:].max() > now - SETTLED_NS:
+  if stamps[:, 2:].astype(np.int64).max() > now - SETTLED_NS:
     return
   file, body = _file(kind, path), io.BytesIO()
   arrays = arrays | {"path": np.frombuffer(os.fsencode(path), np.uint8), "stamps": stamps}

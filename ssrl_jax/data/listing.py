@@ -32,18 +32,34 @@ class Listing(NamedTuple):
 
 
 def find_split(split: str, available: tuple[str, ...], *, where: str) -> str:
-  """`split`, or what stands for it in `available`; a slice such as train[:90%] is kept."""
+  """`split`, or what stands for it in `available`; a slice such as train[:90%] is kept.
+
+  Of HELD_OUT one stands for another if it is the only one there, or the only one for validation.
+
+  Raises:
+    ValueError: there is no such split.
+  """
   base, bracket, rest = split.partition("[")
-  candidates = (base, *HELD_OUT) if base in HELD_OUT else (base,)
-  for candidate in candidates:
-    if candidate in available:
-      return candidate + bracket + rest
+  if base in HELD_OUT and base not in available:
+    held_out = [name for name in HELD_OUT if name in available]
+    validation = [name for name in held_out if "test" not in (base, name)]
+    for found in (validation, held_out):
+      if len(found) == 1:
+        return found[0] + bracket + rest
+  if base in available:
+    return split
   raise ValueError(f"{where} has no split {base!r}; it has: {', '.join(available)}")
 
 
 def describe(source: Any) -> str:
   """How the repr of a source ends."""
   return f"num_examples={len(source)}, num_classes={source.num_classes}"
+
+
+def locate(ends: np.ndarray, position: Any) -> tuple[Any, Any]:
+  """Of parts that end at `ends`: which holds a position, or each of an array, and where in it."""
+  part = np.searchsorted(ends, position, side="right")
+  return part, position - np.where(part > 0, ends[part - 1], 0)
 
 
 def list_pictures(root: str) -> Listing:

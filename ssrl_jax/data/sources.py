@@ -18,7 +18,7 @@ from ssrl_jax.data.cifar import CifarSource
 from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.folders import ClipSource, FolderSource
 from ssrl_jax.data.hf import HfSource
-from ssrl_jax.data.listing import describe, find_split
+from ssrl_jax.data.listing import describe, find_split, locate
 from ssrl_jax.data.tar import TarSource
 from ssrl_jax.data.tfds_source import TfdsSource
 
@@ -249,8 +249,8 @@ class Mixture:
     return int(self._ends[-1])
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    part, at = self._place(i)
-    return self._labelled(part[at])
+    part, at = locate(self._ends, i)
+    return self._labelled(self.parts[part][int(at)])
 
   def read_together(self, positions: Sequence[int]) -> dict[int, dict[str, Any]]:
     found = {}
@@ -265,12 +265,8 @@ class Mixture:
     return example if self.num_classes is not None else example | {"label": -1}
 
   def name(self, i: int) -> str:
-    part, at = self._place(i)
-    return part.name(at)
-
-  def _place(self, i: int) -> tuple[Source, int]:
-    k = int(self.origins[i])
-    return self.parts[k], int(i - (self._ends[k - 1] if k else 0))
+    part, at = locate(self._ends, i)
+    return self.parts[part].name(int(at))
 
   def __repr__(self) -> str:
     return f"Mixture({', '.join(map(repr, self.parts))}, {describe(self)})"

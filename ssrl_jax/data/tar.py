@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ssrl_jax.data import index_cache
 from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.index_cache import Names
-from ssrl_jax.data.listing import EXTENSIONS, describe, find_shards, number_labels
+from ssrl_jax.data.listing import EXTENSIONS, describe, find_shards, locate, number_labels
 
 
 class Index(NamedTuple):
@@ -76,7 +76,7 @@ class TarSource:
     return f"{os.path.basename(self._archive(i))}/{os.fsdecode(self._keys[i])}"
 
   def _archive(self, i: int) -> str:
-    return self._archives[int(np.searchsorted(self._ends, i, side="right"))]
+    return self._archives[locate(self._ends, i)[0]]
 
   def __repr__(self) -> str:
     return f"TarSource({self._where!r}, split={self._split!r}, {describe(self)})"

@@ -71,7 +71,10 @@ def run(values: flags.FlagValues, config: ConfigDict) -> int:
     "options": {name: config[name].to_dict() for name in GROUPS},
     "step": int(state.step),
     "state_digest": state_digest(state),
+    "num_pictures": () if own else (len(train), len(test or ())),
   }
+  if other:
+    facts["options"]["evaluate"]["geometry"]["other"] = state_digest(other.state)
   quiet = config.watchdog.evaluation_minutes
   out.parent.mkdir(parents=True, exist_ok=True)
   costs = Costs(costs_file(out), started=started, writes=jax.process_index() == 0)

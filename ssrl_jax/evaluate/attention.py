@@ -101,12 +101,9 @@ def run(
       number += 1
   if not sums.pictures:
     raise ValueError(f"none of the pictures of {pictures.test!r} can be read")
-  if evaluation.folder and shown and jax.process_index() == 0:
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
+  if shown and (folder := evaluation.own_folder()):
     views_NHWC = pictures.pictures("test", list(shown))
-    Image.fromarray(sheet(views_NHWC, *zip(*shown.values()))).save(
-      evaluation.folder / "attention.png"
-    )
+    Image.fromarray(sheet(views_NHWC, *zip(*shown.values()))).save(folder / "attention.png")
   return _figures(sums, with_masks=bool(source))
 
 
@@ -124,7 +121,7 @@ def _maps_of(evaluation: Evaluation, kind: str, window: float) -> Callable[[Arra
     raise ValueError("this encoder has no attention; set evaluate.attention.kind to 'occlusion'")
   if kind == "similarity" and not features.maps:
     raise ValueError("this encoder has no maps; set evaluate.attention.kind to 'occlusion'")
-  norm = functools.partial(normalise, mean=tuple(evaluation.mean), std=tuple(evaluation.std))
+  norm = functools.partial(normalise, mean=evaluation.mean, std=evaluation.std)
 
   @jax.jit
   def compute(weights, pixels_BHWC):
@@ -169,12 +166,14 @@ def similarity_map(features: Features) -> Array:
 def occlusion_map(pooled: Callable[[Array], Array], images_BHWC: Array, *, window: float) -> Array:
   """float32 [B, n, n] in [0, 2]: 1 - cosine of the vectors with and without a grey square there.
 
-  Grey is the mean colour, 0 after normalisation. The squares' middles lie half a window apart.
+  Grey is the mean colour, 0 after normalisation. The squares lie about half a window
+  apart, their middles at those of n x n even cells of the picture.
   """
   size = images_BHWC.shape[1]
   side = max(round(window * size), 1)
   step = max(side // 2, 1)
-  middle_n = np.arange(size // step) * step + step / 2
+  n = max(round(size / step), 1)
+  middle_n = (np.arange(n) + 0.5) * size / n
   near_nS = np.abs(np.arange(size).reshape(1, -1) + 0.5 - middle_n.reshape(-1, 1)) <= side / 2
   whole_BD = pooled(images_BHWC).astype(jnp.float32)
   near_nS = jnp.asarray(near_nS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from ssrl_jax.evaluate.features import Evaluation
@@ -75,9 +74,8 @@ def run(
       "bias/num_groups": float(len(tables["group"])),
       "bias/ungrouped": float(np.sum(~inside)),
     }
-  if evaluation.folder and jax.process_index() == 0:
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
-    _write(evaluation.folder / "bias.csv", tables)
+  if folder := evaluation.own_folder():
+    _write(folder / "bias.csv", tables)
   return figures
 
 

@@ -169,7 +169,7 @@ def train_head(
   """
   _check_options(name, scales, steps, learning_rate, encoder_rate)
   parallel.check_batch_size(batch_size, evaluation.mesh)
-  view = {"size": size, "mean": tuple(evaluation.mean), "std": tuple(evaluation.std)}
+  view = {"size": size, "mean": evaluation.mean, "std": evaluation.std}
   variables = _init(evaluation, head, size, seed)
   weights = evaluation.weights
   params = {"head": variables["params"]}
@@ -181,7 +181,7 @@ def train_head(
 
   def loss(params, stats, batch, key):
     place_key, dropout_key = jax.random.split(key)
-    places = draw_places(place_key, batch, size=size, scales=tuple(scales))
+    places = draw_places(place_key, batch, size=size, scales=scales)
     encoder = _encoder(params, stats)
     features, moved = evaluation.apply(
       encoder, view_images(batch, places, **view), finetune, dropout_key if finetune else None
@@ -248,8 +248,7 @@ def _batches(evaluation, source, batch_size, size, scales, seed) -> Iterator[dic
   """On a canvas on which even the largest view is not enlarged."""
   return train_batches(
     source, seed=seed, batch_size=batch_size, canvas=int(np.ceil(size * max(1.0, scales[1]))),
-    workers=evaluation.workers, threads=evaluation.threads, process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    **evaluation.reading(),
   )  # fmt: skip
 
 

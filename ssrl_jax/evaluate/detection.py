@@ -96,7 +96,7 @@ def run(
   points = fcos.make_points(levels_of, size)
   trained = dense.train_head(
     evaluation, head, functools.partial(box_loss, points=points, size=size), train,
-    name="detection", size=size, scales=tuple(scales), steps=steps, batch_size=batch_size,
+    name="detection", size=size, scales=scales, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, weight_decay=weight_decay, finetune=finetune,
     encoder_rate=encoder_rate, seed=seed,
   )  # fmt: skip
@@ -106,9 +106,8 @@ def run(
   figures, rows = average_precision(
     truth, list(found.values()), test.num_classes, max_detections=max_detections
   )
-  if evaluation.folder and jax.process_index() == 0:
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
-    write_table(evaluation.folder / "detection.csv", rows, test.class_names, truth)
+  if folder := evaluation.own_folder():
+    write_table(folder / "detection.csv", rows, test.class_names, truth)
   dropped = {key: train.dropped[key] + test.dropped[key] for key in train.dropped}
   figures |= {"damaged": len(test) - len(found)} | dropped
   return {f"detection/{key}": float(value) for key, value in figures.items()}
@@ -141,24 +140,18 @@ def detect_all(
 
   `options` are those of `fcos.detect`.
   """
-  view = {"size": size, "mean": tuple(evaluation.mean), "std": tuple(evaluation.std)}
-  batches = eval_batches(
-    test, batch_size=batch_size, canvas=size, workers=evaluation.workers,
-    threads=evaluation.threads, process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )  # fmt: skip
+  view = {"size": size, "mean": evaluation.mean, "std": evaluation.std}
+  batches = eval_batches(test, batch_size=batch_size, canvas=size, **evaluation.reading())
   found: dict[int, Found] = {}
-  with contextlib.closing(batches):
-    for batch in batches:
-      evaluation.moved()
-      out = _detect(
-        trained, parallel.to_device(batch, evaluation.mesh), apply=evaluation.apply, head=head,
-        mesh=evaluation.mesh, options=tuple(options.items()), **view,
-      )  # fmt: skip
-      for id_2, weight, extent_2, *one in zip(*jax.device_get(out)):
-        if weight > 0:
-          i = int(id_2[0]) | int(id_2[1]) << 32
-          found[i] = _in_picture(*one, extent_2=extent_2, size_2=test.sizes[i], size=size)
+  for batch in evaluation.on_devices(batches):
+    out = _detect(
+      trained, batch, apply=evaluation.apply, head=head, mesh=evaluation.mesh,
+      options=tuple(options.items()), **view,
+    )  # fmt: skip
+    for id_2, weight, extent_2, *one in zip(*jax.device_get(out)):
+      if weight > 0:
+        i = int(id_2[0]) | int(id_2[1]) << 32
+        found[i] = _in_picture(*one, extent_2=extent_2, size_2=test.sizes[i], size=size)
   if not found:
     raise ValueError(f"none of the {len(test)} pictures of {test!r} could be read")
   return dict(sorted(found.items()))

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ssrl_jax import parallel
+from ssrl_jax.data.batches import Batches
 from ssrl_jax.data.decode import decode
 from ssrl_jax.data.pipeline import eval_batches
 from ssrl_jax.data.sources import Source
@@ -147,16 +148,33 @@ class Evaluation:
       self._source(split),
       batch_size=self.batch_size,
       canvas=self.canvas,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
       limit=limit or None,
-      workers=self.workers,
-      threads=self.threads,
+      **self.reading(),
     )
+    yield from self.on_devices(batches)
+
+  def reading(self) -> dict[str, int]:
+    """How batches are read: this process's part of them, and with how many workers."""
+    return {
+      "workers": self.workers,
+      "threads": self.threads,
+      "process_index": jax.process_index(),
+      "process_count": jax.process_count(),
+    }
+
+  def on_devices(self, batches: Batches) -> Iterator[dict[str, Array]]:
+    """Batches that end, as global ones on the devices, each with a sign of life."""
     with contextlib.closing(batches):
       for batch in batches:
         self.moved()
         yield parallel.to_device(batch, self.mesh)
+
+  def own_folder(self) -> Path | None:
+    """`folder`, made; None where there is none, or where another process writes into it."""
+    if self.folder is None or jax.process_index():
+      return None
+    self.folder.mkdir(parents=True, exist_ok=True)
+    return self.folder
 
   def views(self, split: str, *, limit: int = 0) -> Iterator[tuple[Array, Array, Rows]]:
     """The evaluation views, batch by batch, before they are normalised.
@@ -172,9 +190,8 @@ class Evaluation:
 
   def encode(self, pixels_BHWC: Array, kind: str = "pooled") -> Array:
     """The vectors [B, D] of evaluation views in [0, 1], float32, whole on every host."""
-    mean, std = tuple(self.mean), tuple(self.std)
-    options = {"apply": self.apply, "kind": kind, "mesh": self.mesh, "mean": mean, "std": std}
-    return _encode(self.weights, pixels_BHWC, **options)
+    options = {"apply": self.apply, "kind": kind, "mesh": self.mesh}
+    return _encode(self.weights, pixels_BHWC, mean=self.mean, std=self.std, **options)
 
   def _source(self, split: str) -> Source:
     sources = {"train": self.train, "test": self.test}
@@ -183,8 +200,7 @@ class Evaluation:
     return sources[split]
 
   def _view(self) -> dict[str, Any]:
-    mean, std = tuple(self.mean), tuple(self.std)  # hashable also when a config made them lists
-    return {"size": self.size, "crop": self.crop, "mean": mean, "std": std}
+    return {"size": self.size, "crop": self.crop, "mean": self.mean, "std": self.std}
 
   def _extract(self, split: str, kinds: tuple[str, ...]) -> dict[str, FeatureSet]:
     source = self._source(split)

@@ -100,47 +100,15 @@ def run(
     finetune/label_noise: percent of them that had a wrong label put on.
     finetune/unlabelled: test pictures that were left out.
   """
-  label_N = labels_of(evaluation.train)
-  ids = label_choice.choose_ids(
-    evaluation.train, fraction=label_fraction, num_per_class=num_per_class, file=labels_file,
-    seed=seed,
-  )  # fmt: skip
-  figures = finetune(
-    evaluation, ids, label_N[ids], epochs=epochs, batch_size=batch_size, optimizer=optimizer,
-    learning_rate=learning_rate, head_rate=head_rate, weight_decay=weight_decay,
-    momentum=momentum, warmup_epochs=warmup_epochs, layer_decay=layer_decay, clip_norm=clip_norm,
-    smallest_crop=smallest_crop, label_noise=label_noise, seed=seed,
-    loss=make_loss(
-      loss, smoothing=label_smoothing, q=q, alpha=alpha, beta=beta, log_zero=log_zero
-    ),
-  )  # fmt: skip
-  return {f"finetune/{name}": value for name, value in figures.items()}
-
-
-def finetune(
-  evaluation: Evaluation,
-  ids: np.ndarray,
-  label_N: np.ndarray,
-  *,
-  loss: Callable[[Array, Array], Array],
-  label_noise: float,
-  epochs: int,
-  batch_size: int,
-  optimizer: str,
-  head_rate: float,
-  layer_decay: float,
-  warmup_epochs: float,
-  smallest_crop: float,
-  seed: int,
-  **rule: float,
-) -> dict[str, float]:
-  """The figures of `run`, on the training pictures `ids` of labels [N].
-
-  Args:
-    loss: (logits [B, K], labels [B]) -> [B].
-    rule: learning_rate, weight_decay, momentum and clip_norm of `optim.make_optimizer`.
-  """
+  per_picture = make_loss(
+    loss, smoothing=label_smoothing, q=q, alpha=alpha, beta=beta, log_zero=log_zero
+  )
   _check_options(epochs, warmup_epochs, optimizer, layer_decay, head_rate)
+  ids = label_choice.choose_ids(
+    evaluation.train, label_fraction=label_fraction, num_per_class=num_per_class,
+    labels_file=labels_file, seed=seed,
+  )  # fmt: skip
+  label_N = labels_of(evaluation.train)[ids]
   frozen, unlabelled = evaluation.labelled("test")  # before the training, not after it
   dim = frozen.features.shape[1]
   noisy_N = label_choice.symmetric_noise(
@@ -157,7 +125,8 @@ def finetune(
   base, _ = make_optimizer(
     name=optimizer, scale_by_batch=True, warmup_epochs=warmup_epochs, final_fraction=0.0, b1=0.9,
     b2=0.999, trust_coefficient=0.001, clip_ratio=False, final_weight_decay=-1.0, clip_each=False,
-    batch_size=batch_size, steps_per_epoch=steps, total_steps=epochs * steps, **rule,
+    learning_rate=learning_rate, weight_decay=weight_decay, momentum=momentum, clip_norm=clip_norm,
+    batch_size=batch_size, steps_per_epoch=steps, total_steps=epochs * steps,
   )  # fmt: skip
   factors = {
     "encoder": layer_factors(params["encoder"], layer_decay),
@@ -171,7 +140,7 @@ def finetune(
     weights = {"params": params["encoder"], "batch_stats": stats}
     features, stats = evaluation.apply(weights, images, True, dropout_key)
     logits_BK = linear.apply(_rows(params["head"]), features.pooled.astype(jnp.float32))
-    return jnp.mean(loss(logits_BK, batch["label"])), stats
+    return jnp.mean(per_picture(logits_BK, batch["label"])), stats
 
   params, stats = fit(
     value, params, evaluation.weights["batch_stats"], batches,
@@ -180,13 +149,14 @@ def finetune(
   )  # fmt: skip
   tuned = {"params": params["encoder"], "batch_stats": stats}
   test = classify(evaluation, tuned, _rows(params["head"]), "test")
-  return linear.accuracies(test.features, test.labels) | {
+  figures = linear.accuracies(test.features, test.labels) | {
     "mean_class_accuracy": mean_class_accuracy(test.features, test.labels),
     "epochs": float(epochs),
     "labels": float(len(ids)),
     "label_noise": 100 * float(np.mean(noisy_N != label_N)),
     "unlabelled": float(unlabelled),
   }
+  return {f"finetune/{name}": value for name, value in figures.items()}
 
 
 def _rows(head: dict[str, Array]) -> linear.Head:

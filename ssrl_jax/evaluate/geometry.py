@@ -77,7 +77,7 @@ def run(
   x_ND = rows.features[chosen].astype(np.float64)
   spec = ViewSpec(
     name="geometry", count=num_views, size=evaluation.size, area=tuple(area), flip=flip,
-    jitter=jitter, greyscale=greyscale, mean=tuple(evaluation.mean), std=tuple(evaluation.std),
+    jitter=jitter, greyscale=greyscale, mean=evaluation.mean, std=evaluation.std,
   )  # fmt: skip
   views_NVD = view_vectors(evaluation, spec, kind, limit=num_lidar, seed=seed)
   if alpha_from < 1:
@@ -106,9 +106,8 @@ def run(
   if evaluation.other is not None:
     ours = FeatureSet(rows.features[chosen], rows.labels[chosen], rows.ids[chosen])
     figures["geometry/cka"] = linear_cka(*paired(ours, evaluation.other.features("test", kind)))
-  if evaluation.folder and jax.process_index() == 0:
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
-    _write(evaluation.folder, eigenvalue_D, alpha, alpha_from, alpha_to)
+  if folder := evaluation.own_folder():
+    _write(folder, eigenvalue_D, alpha, alpha_from, alpha_to)
   return figures
 
 
@@ -226,8 +225,10 @@ def uniformity(x_ND: np.ndarray) -> float:
   n = len(x_ND)
   for start in range(0, n, BLOCK):
     square = 2 - 2 * x_ND[start : start + BLOCK] @ x_ND.T
-    total += np.sum(np.exp(-2 * np.maximum(square, 0)))
-  return float(np.log((total - n) / (n * (n - 1))))  # less each picture's pair with itself
+    near = np.exp(-2 * np.maximum(square, 0))
+    near[np.arange(len(near)), start + np.arange(len(near))] = 0  # each picture's pair with itself
+    total += np.sum(near)
+  return float(np.log(total / (n * (n - 1))))
 
 
 def _unit(x_ND: np.ndarray) -> np.ndarray:
@@ -291,7 +292,8 @@ def _write(folder: Path, eigenvalue_D: np.ndarray, alpha: float, first: int, las
   axes.loglog(shown + 1, eigenvalue_D[shown], color=charts.SERIES[0])
   if np.isfinite(alpha):
     i = np.arange(first, min(last, len(shown)) + 1)
-    line = np.exp(np.mean(np.log(eigenvalue_D[i - 1]) + alpha * np.log(i))) * i**-alpha
+    height = np.average(np.log(eigenvalue_D[i - 1]) + alpha * np.log(i), weights=1 / i)
+    line = np.exp(height) * i**-alpha
     axes.loglog(i, line, "--", color=charts.SERIES[1], label=f"i^-{alpha:.2f}")
     axes.legend()
   axes.set_xlabel("number i")

@@ -126,9 +126,9 @@ def class_votes(
 def top_accuracy(scores_NC: np.ndarray, label_N: np.ndarray, top: int) -> float:
   """Percent of the rows whose label has one of the `top` highest scores.
 
-  Of equal scores the lowest class goes first, as with argmax.
+  Of equal scores the lowest class goes first, as with argmax. A label whose score is NaN is wrong.
   """
   own_N1 = np.take_along_axis(scores_NC, label_N.reshape(-1, 1), axis=1)
   earlier_NC = np.arange(scores_NC.shape[1]).reshape(1, -1) < label_N.reshape(-1, 1)
-  before_NC = (scores_NC > own_N1) | ((scores_NC == own_N1) & earlier_NC)
-  return 100 * float(np.mean(np.sum(before_NC, axis=1) < top))
+  after_NC = (scores_NC < own_N1) | ((scores_NC == own_N1) & ~earlier_NC)  # itself, too
+  return 100 * float(np.mean(np.sum(~after_NC, axis=1) < top))

@@ -11,15 +11,20 @@ from ssrl_jax.data.sources import Source, labels_of
 
 
 def choose_ids(
-  source: Source, *, fraction: float = 1.0, num_per_class: int = 0, file: str = "", seed: int = 0
+  source: Source,
+  *,
+  label_fraction: float = 1.0,
+  num_per_class: int = 0,
+  labels_file: str = "",
+  seed: int = 0,
 ) -> np.ndarray:
-  """Ids of the training pictures whose labels may be seen: of `file`, else drawn with `seed`.
+  """Ids of the training pictures whose labels may be seen: of a file, else drawn with `seed`.
 
   Args:
     source: with labels; pictures without one are never chosen.
-    fraction: see `draw`; not used with num_per_class > 0 or a file.
+    label_fraction: see `draw`; not used with num_per_class > 0 or a file.
     num_per_class: see `draw`; 0: by fraction.
-    file: see `read_list`; empty: drawn.
+    labels_file: see `read_list`; empty: drawn.
 
   Returns:
     int64, ascending.
@@ -29,16 +34,18 @@ def choose_ids(
     raise ValueError(
       f"{source!r} has no labels to choose from; sort the pictures into one folder for each class"
     )
-  if file:
-    ids = read_list(file, source)
+  if labels_file:
+    ids = read_list(labels_file, source)
     unknown = ids[labels[ids] < 0]
     if len(unknown):
       raise ValueError(
-        f"{file} lists {len(unknown)} pictures without a label, e.g. number {unknown[0]}; remove "
-        "them from the list"
+        f"{labels_file} lists {len(unknown)} pictures without a label, e.g. number {unknown[0]}; "
+        "remove them from the list"
       )
     return ids
-  return draw(labels, source.num_classes, fraction=fraction, num_per_class=num_per_class, seed=seed)
+  return draw(
+    labels, source.num_classes, fraction=label_fraction, num_per_class=num_per_class, seed=seed
+  )
 
 
 def draw(

@@ -53,6 +53,7 @@ def run(
   learning_rates: Sequence[float] = LEARNING_RATES,
   weight_decays: Sequence[float] = WEIGHT_DECAYS,
   epochs: int = 50,
+  search_epochs: int = 0,
   batch_size: int = 256,
   held_out: float = 0.1,
   seed: int = 0,
@@ -76,10 +77,10 @@ def run(
   """
   probe = fit_probe(
     evaluation, kinds=kinds, learning_rates=learning_rates, weight_decays=weight_decays,
-    epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed,
+    epochs=epochs, search_epochs=search_epochs, batch_size=batch_size, held_out=held_out, seed=seed,
   )  # fmt: skip
-  _warn_at_edge("learning_rates", probe.figures["learning_rate"], learning_rates)
-  _warn_at_edge("weight_decays", probe.figures["weight_decay"], weight_decays)
+  warn_at_edge("linear probe", "learning_rates", probe.figures["learning_rate"], learning_rates)
+  warn_at_edge("linear probe", "weight_decays", probe.figures["weight_decay"], weight_decays)
   test, unlabelled = evaluation.labelled("test", probe.kind)
   unlabelled += evaluation.labelled("train", probe.kind)[1]
   figures = accuracies(probe.logits(test.features), test.labels)
@@ -94,6 +95,7 @@ def fit_probe(
   learning_rates: Sequence[float] = LEARNING_RATES,
   weight_decays: Sequence[float] = WEIGHT_DECAYS,
   epochs: int = 50,
+  search_epochs: int = 0,
   batch_size: int = 256,
   held_out: float = 0.1,
   seed: int = 0,
@@ -106,19 +108,22 @@ def fit_probe(
     learning_rates: at the start, for this batch size.
     weight_decays: of the kernel.
     epochs, batch_size: of every training.
+    search_epochs: of the trainings that choose; 0: as many. A tenth makes a grid cheap, and its
+      choice less sure.
     held_out: share of each class that chooses; not used where there is only one setting.
     seed: of the held-out part and of the order.
     ids: of the training pictures to use; None: all that have a label.
 
   Raises:
     ValueError: an option out of range, an unknown kind, or no labels.
+    FloatingPointError: every setting diverged, or the chosen one on all training pictures.
   """
   _check_options(learning_rates, weight_decays, epochs, batch_size)
   kinds = _resolve(kinds, evaluation)
   pairs = list(itertools.product(learning_rates, weight_decays))
   options = {
-    "num_classes": evaluation.num_classes, "epochs": epochs, "batch_size": batch_size,
-    "seed": seed, "mesh": evaluation.mesh,
+    "num_classes": evaluation.num_classes, "batch_size": batch_size, "seed": seed,
+    "mesh": evaluation.mesh,
   }  # fmt: skip
   kind, pair, figures = kinds[0], pairs[0], {}
   if len(kinds) * len(pairs) > 1:
@@ -127,7 +132,7 @@ def fit_probe(
       train = training_rows(evaluation, kind, ids)
       kept, held = split_held_out(train.labels, held_out, seed=seed)
       part, rest = standardise(train.features[kept], train.features[held])
-      heads = fit_heads(part, train.labels[kept], pairs, **options)
+      heads = fit_heads(part, train.labels[kept], pairs, epochs=search_epochs or epochs, **options)
       best, accuracy = choose(heads, rest, train.labels[held])
       found.append((accuracy, kind, pairs[best]))
     accuracy, kind, pair = max(found, key=lambda x: x[0])  # of equals the earlier kind
@@ -136,7 +141,13 @@ def fit_probe(
     logging.info("linear probe: the held-out pictures chose %r of %s", kind, ", ".join(kinds))
   train = training_rows(evaluation, kind, ids)
   mean, std = moments(train.features)
-  (head,) = unstack(fit_heads((train.features - mean) / std, train.labels, [pair], **options))
+  whole = (train.features - mean) / std
+  (head,) = unstack(fit_heads(whole, train.labels, [pair], epochs=epochs, **options))
+  if not all(np.all(np.isfinite(x)) for x in head.values()):
+    raise FloatingPointError(
+      f"the linear probe diverged with learning rate {pair[0]:g} and weight decay {pair[1]:g}; "
+      "lower them"
+    )
   place = evaluation.kinds().index(kind) if kind != "pooled" else 0
   figures |= {"learning_rate": pair[0], "weight_decay": pair[1], "kind": float(place)}
   return Probe(mean, std, head, kind, figures)
@@ -309,12 +320,12 @@ def choose(heads: Head, x_ND: np.ndarray, label_N: np.ndarray) -> tuple[int, flo
   return best, accuracy
 
 
-def _warn_at_edge(name: str, value: float, grid: Sequence[float]) -> None:
+def warn_at_edge(what: str, name: str, value: float, grid: Sequence[float]) -> None:
   """Says when the grid may have cut off the best value; nothing lies below a decay of 0."""
   if len(grid) > 1 and (value == max(grid) or value == min(grid) > 0):
     logging.warning(
-      "linear probe: the best of %s %s is at its edge: %g; a wider grid may do better",
-      name, tuple(grid), value,
+      "%s: the best of %s %s is at its edge: %g; a wider grid may do better",
+      what, name, tuple(grid), value,
     )  # fmt: skip
 
 

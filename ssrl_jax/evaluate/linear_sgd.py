@@ -7,7 +7,6 @@ trained here, all at once: views and encoder are computed once for all of them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import jax
@@ -82,11 +81,7 @@ def run(
   figures = linear.accuracies(logits, test.labels)
   if len(learning_rates) > 1:
     figures["held_out_accuracy"] = accuracy
-    if learning_rates[best] in (min(learning_rates), max(learning_rates)):
-      logging.warning(
-        "linear_sgd: the best of learning_rates %s is at its edge: %g; a wider grid may do better",
-        tuple(learning_rates), learning_rates[best],
-      )  # fmt: skip
+    linear.warn_at_edge("linear_sgd", "learning_rates", learning_rates[best], learning_rates)
   figures["learning_rate"] = float(learning_rates[best])
   figures["unlabelled"] = float(train_unlabelled + test_unlabelled)
   return {f"linear_sgd/{name}": value for name, value in figures.items()}

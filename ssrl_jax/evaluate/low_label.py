@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ssrl_jax.data.sources import labels_of
-from ssrl_jax.evaluate import linear
+from ssrl_jax.evaluate import finetune, linear
 from ssrl_jax.evaluate.features import Evaluation
-from ssrl_jax.evaluate.finetune import finetune, make_loss
 from ssrl_jax.evaluate.labels import choose_ids
 
 ALONE = {"learning_rate": 0.03, "weight_decay": 1e-2}  # where nothing can be held out to choose
@@ -74,7 +72,6 @@ def run(
   draws = 1 if labels_file else draws
   if draws < 1 or steps < 1:
     raise ValueError(f"draws is {draws} and steps {steps}; both must be at least 1")
-  label_N = labels_of(evaluation.train)
   chosen = {  # all before the first training, so that what cannot be drawn is said at once
     name: [choose_ids(evaluation.train, **setting, seed=seed + i) for i in range(draws)]
     for name, setting in settings.items()
@@ -98,8 +95,8 @@ def run(
     found = {"accuracy": linear_accuracy, "labels": [len(ids) for ids in draws_of_ids]}
     if finetuned:
       found["finetuned"] = [
-        _finetuned(evaluation, ids, label_N[ids], seed=seed + i, **tuning)
-        for i, ids in enumerate(draws_of_ids)
+        finetune.run(evaluation, **settings[name], seed=seed + i, **tuning)["finetune/accuracy"]
+        for i in range(draws)
       ]
     figures |= _summary(f"low_label/{name}", found)
   return figures
@@ -115,7 +112,8 @@ def probe_accuracy(
   if np.bincount(labels).max() == 1:
     probe |= {"learning_rates": (ALONE["learning_rate"],)}
     probe |= {"weight_decays": (ALONE["weight_decay"],)}
-  epochs = -(-steps // max(1, len(labels) // batch_size))
+  kept = np.sum(np.floor((1 - probe["held_out"]) * np.bincount(labels)))  # when choosing
+  epochs = -(-steps // max(1, int(kept) // batch_size))
   fitted = linear.fit_probe(
     evaluation, epochs=epochs, batch_size=batch_size, seed=seed, ids=ids, **probe
   )
@@ -123,23 +121,15 @@ def probe_accuracy(
   return linear.accuracies(fitted.logits(test.features), test.labels)["accuracy"]
 
 
-def _finetuned(
-  evaluation: Evaluation, ids: np.ndarray, label_N: np.ndarray, **options: Any
-) -> float:
-  loss = make_loss("cross_entropy", smoothing=0.0, q=1.0, alpha=1.0, beta=1.0, log_zero=-1.0)
-  return finetune(
-    evaluation, ids, label_N, loss=loss, label_noise=0.0, momentum=0.9, clip_norm=0.0,
-    smallest_crop=0.08, **options,
-  )["accuracy"]  # fmt: skip
-
-
 def _settings(
   fractions: Sequence[float], nums_per_class: Sequence[int], labels_file: str
 ) -> dict[str, dict[str, Any]]:
-  """{name in the figures: arguments of `choose_ids`}."""
+  """{name in the figures: which labels, as `choose_ids` and `finetune.run` are told}."""
   if labels_file:
-    return {"file": {"file": labels_file}}
-  settings: dict[str, dict[str, Any]] = {f"{100 * f:g}pct": {"fraction": f} for f in fractions}
+    return {"file": {"labels_file": labels_file}}
+  settings: dict[str, dict[str, Any]] = {
+    f"{100 * f:g}pct": {"label_fraction": f} for f in fractions
+  }
   for n in nums_per_class:
     if n < 1:
       raise ValueError(f"nums_per_class is {tuple(nums_per_class)}; expected numbers of at least 1")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from ssrl_jax import parallel
 from ssrl_jax.data.batches import Batches
 from ssrl_jax.data.pipeline import train_batches
-from ssrl_jax.data.sources import Source
+from ssrl_jax.data.sources import Part, Source
 from ssrl_jax.evaluate.features import Apply, Evaluation, FeatureSet
 from ssrl_jax.evaluate.linear import Head
 from ssrl_jax.evaluate.linear import apply as apply_head
@@ -18,22 +19,19 @@ from ssrl_jax.method import Array, Features, ViewSpec
 from ssrl_jax.views import make_views
 
 
-class Rows:
-  """Some examples of a source, in the order of `ids`, with labels of the caller's if given."""
+class Relabelled(Part):
+  """Some examples of a source with labels of the caller's."""
 
-  def __init__(self, source: Source, ids: np.ndarray, labels: np.ndarray | None = None):
-    self._source, self._ids, self._labels = source, ids, labels
-    self.num_classes, self.class_names = source.num_classes, source.class_names
-
-  def __len__(self) -> int:
-    return len(self._ids)
+  def __init__(self, source: Source, positions: np.ndarray, labels: np.ndarray):
+    super().__init__(source, positions)
+    self.labels = labels
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    example = self._source[int(self._ids[i])]
-    return example if self._labels is None else {**example, "label": int(self._labels[i])}
+    return super().__getitem__(i) | {"label": int(self.labels[i])}
 
-  def __repr__(self) -> str:
-    return f"Rows({self._source!r}, {len(self)})"
+  def read_together(self, positions: Sequence[int]) -> dict[int, dict[str, Any]]:
+    found = super().read_together(positions)
+    return {i: example | {"label": int(self.labels[i])} for i, example in found.items()}
 
 
 def fit_batch_size(batch_size: int, num_examples: int, num_devices: int) -> tuple[int, int]:
@@ -42,11 +40,6 @@ def fit_batch_size(batch_size: int, num_examples: int, num_devices: int) -> tupl
   The largest multiple of the devices that the examples fill; with fewer examples than devices, each
   of them comes several times.
   """
-  if batch_size < num_devices or batch_size % num_devices:
-    nearest = max(round(batch_size / num_devices), 1) * num_devices
-    raise ValueError(
-      f"batch_size {batch_size} is not divisible by {num_devices} devices; nearest: {nearest}"
-    )
   copies = -(-num_devices // num_examples)
   return min(batch_size, copies * num_examples // num_devices * num_devices), copies
 
@@ -66,19 +59,17 @@ def training_batches(
     seed: of the order.
     labels: of the pictures, instead of the source's.
   """
+  parallel.check_batch_size(batch_size, evaluation.mesh)
   batch_size, copies = fit_batch_size(batch_size, len(ids), evaluation.mesh.size)
-  ids, labels = np.tile(ids, copies), None if labels is None else np.tile(labels, copies)
+  ids = np.tile(ids, copies)
+  if labels is None:
+    part = Part(evaluation.train, ids)
+  else:
+    part = Relabelled(evaluation.train, ids, np.tile(labels, copies))
   batches = train_batches(
-    Rows(evaluation.train, ids, labels),
-    seed=seed,
-    batch_size=batch_size,
-    start_step=0,
-    canvas=evaluation.canvas,
-    workers=evaluation.workers,
-    threads=evaluation.threads,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+    part, seed=seed, batch_size=batch_size, start_step=0, canvas=evaluation.canvas,
+    **evaluation.reading(),
+  )  # fmt: skip
   return batches, batch_size, len(ids) // batch_size
 
 
@@ -94,7 +85,7 @@ def crop_and_flip(
   """
   spec = ViewSpec(
     name="train", count=1, size=evaluation.size, area=(float(smallest_crop), 1.0), jitter=0.0,
-    greyscale=0.0, mean=tuple(evaluation.mean), std=tuple(evaluation.std),
+    greyscale=0.0, mean=evaluation.mean, std=evaluation.std,
   )  # fmt: skip
   return make_views(key, batch, (spec,))["train"][:, 0]
 

@@ -46,7 +46,6 @@ def run(evaluation: Evaluation, *, kind: str = "pooled", bank: str = "test") -> 
   known = evaluation.kinds()
   if len(known) == 1:  # raw pixels have no other, and are judged beside
     kind = known[0]
-  evaluation.check_kind(kind)
   query, unlabelled = evaluation.labelled("test", kind)
   rows, left_out = query, 0
   if bank == "train":

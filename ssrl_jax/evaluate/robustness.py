@@ -71,9 +71,9 @@ def run(
     source: read the corrupted pictures instead of making them: "imagenet_c:PATH" with
       PATH/CORRUPTION/SEVERITY/CLASS/*, or "cifar10_c:PATH" with PATH/CORRUPTION.npy and labels.npy.
       They are shown whole, not cropped as the clean ones.
-    baseline: whose errors divide for mCE: "alexnet" (224 pixels and 1,000 classes only, and then
-      the default), or the robustness.json that this protocol wrote for another encoder, judged
-      alike and on as many pictures of as many classes.
+    baseline: whose errors divide for mCE: the robustness.json that this protocol wrote for another
+      encoder, judged alike and on as many pictures of as many classes. Empty: AlexNet's published
+      ones for the published ImageNet-C at 224 pixels, else no mCE.
     sigmas: of a sweep of Gaussian noise on pixels in [0, 1]; the same noise, scaled.
     seed: of the chance in the corruptions and of the probe.
     probe_epochs: of the linear probe. k, temperature: of k-NN, as in `knn.run`.
@@ -94,7 +94,9 @@ def run(
   table = _table(evaluation, source)
   ours = {
     "table": table, "size": evaluation.size, "crop": evaluation.crop, "judge": judge,
-    "num_classes": evaluation.num_classes, "num_test": num_test,
+    "probe_epochs": probe_epochs, "k": k, "temperature": temperature,
+    "num_classes": evaluation.num_classes,
+    "num_test": min(num_test or len(evaluation.test), len(evaluation.test)),
   }  # fmt: skip
   divisor = _baseline(evaluation, baseline, ours)  # before the minutes of work
   predict = _judge(evaluation, judge, probe_epochs, k, temperature, seed)
@@ -112,9 +114,8 @@ def run(
   if divisor:
     name, errors = divisor
     figures[f"robustness/mce_vs_{name}"] = mce(means, errors)
-  if evaluation.folder and jax.process_index() == 0:
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
-    _write(evaluation, tallies, ours, means)
+  if folder := evaluation.own_folder():
+    _write(folder, tallies, ours, means)
   return figures
 
 
@@ -143,18 +144,10 @@ def _baseline(
   evaluation: Evaluation, baseline: str, ours: dict[str, Any]
 ) -> tuple[str, dict[str, float]] | None:
   """The name and the mean errors, percent, of what mCE divides by; `ours`: what must be alike."""
-  table = ours["table"]
-  published = table == "published imagenet_c"  # made here they differ: frost, JPEG
-  comparable = published and evaluation.size == 224 and evaluation.num_classes == 1000
-  if baseline == "alexnet" or (not baseline and comparable):
-    if not comparable:
-      raise ValueError(
-        "AlexNet's errors are those of the published ImageNet-C at 224 pixels and 1,000 classes, "
-        f"not of {table} at {evaluation.size} and {evaluation.num_classes}; give "
-        "robustness.baseline the robustness.json of another run"
-      )
-    return "alexnet", {n: 100 * error for n, error in ALEXNET_ERROR.items()}
   if not baseline:
+    published = ours["table"] == "published imagenet_c"  # made here they differ: frost, JPEG
+    if published and evaluation.size == 224 and evaluation.num_classes == 1000:
+      return "alexnet", {n: 100 * error for n, error in ALEXNET_ERROR.items()}
     return None
   path = Path(baseline).expanduser()
   if not path.is_file():
@@ -311,13 +304,12 @@ class ArrayPictures:
 
 
 def _write(
-  evaluation: Evaluation,
+  folder: Path,
   tallies: dict[Any, Tally],
   ours: dict[str, Any],
   means: dict[str, float],
 ) -> None:
   """robustness.csv (every condition), robustness.png, and robustness.json, a baseline's errors."""
-  folder = evaluation.folder
   with (folder / "robustness.csv").open("w", newline="") as file:
     writer = csv.writer(file)
     writer.writerow(["corruption", "severity", "accuracy", "num_pictures"])

@@ -83,18 +83,22 @@ def run(
   train, test = open_masks(source, split=train_split), open_masks(source, split=test_split)
   check_same_classes(train, test)
   module = make_head(head, strides, train.num_classes, stride=stride, levels=levels, width=width)
+  if size % module.grid:
+    raise ValueError(
+      f"segmentation: stride {stride} makes a grid of {module.grid} pixels, which does not divide "
+      f"size {size}; lower evaluate.segmentation.stride or change the size"
+    )
   trained = dense.train_head(
     evaluation, module, functools.partial(pixel_loss, size=size), train,
-    name="segmentation", size=size, scales=tuple(scales), steps=steps, batch_size=batch_size,
+    name="segmentation", size=size, scales=scales, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, weight_decay=weight_decay, finetune=finetune,
     encoder_rate=encoder_rate, seed=seed,
   )  # fmt: skip
-  options = {"size": size, "mean": tuple(evaluation.mean), "std": tuple(evaluation.std)}
+  options = {"size": size, "mean": evaluation.mean, "std": evaluation.std}
   table_KK, damaged = confusion(evaluation, module, trained, test, batch_size, options)
-  if evaluation.folder and jax.process_index() == 0:
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
-    write_table(evaluation.folder / "segmentation.csv", table_KK, test.class_names)
-    show = functools.partial(write_pictures, evaluation.folder / "segmentation.png")
+  if folder := evaluation.own_folder():
+    write_table(folder / "segmentation.csv", table_KK, test.class_names)
+    show = functools.partial(write_pictures, folder / "segmentation.png")
     show(evaluation.apply, module, trained, test, num_pictures, options)
   dropped = {key: train.dropped[key] + test.dropped[key] for key in train.dropped}
   figures = scores(table_KK) | {"damaged": damaged} | dropped
@@ -140,22 +144,15 @@ def confusion(
 
   Whole numbers all the way: int32 within a batch on the device, int64 over batches.
   """
-  batches = eval_batches(
-    test, batch_size=batch_size, canvas=view["size"], workers=evaluation.workers,
-    threads=evaluation.threads, process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )  # fmt: skip
+  batches = eval_batches(test, batch_size=batch_size, canvas=view["size"], **evaluation.reading())
   table_KK, read, pending = np.zeros((test.num_classes,) * 2, np.int64), 0, None
-  with contextlib.closing(batches):
-    for batch in batches:
-      evaluation.moved()
-      batch = parallel.to_device(batch, evaluation.mesh)
-      out = _confusion(
-        trained, batch, apply=evaluation.apply, head=head, mesh=evaluation.mesh, **view
-      )
-      if pending:  # fetched while the next batch is computed
-        table_KK, read = table_KK + np.asarray(pending[0]), read + int(pending[1])
-      pending = out
+  for batch in evaluation.on_devices(batches):
+    out = _confusion(
+      trained, batch, apply=evaluation.apply, head=head, mesh=evaluation.mesh, **view
+    )
+    if pending:  # fetched while the next batch is computed
+      table_KK, read = table_KK + np.asarray(pending[0]), read + int(pending[1])
+    pending = out
   table_KK, read = table_KK + np.asarray(pending[0]), read + int(pending[1])
   if not table_KK.sum():
     raise ValueError(f"{test!r}: no pixel of {read} readable pictures has a class; add masks")

@@ -31,8 +31,6 @@ TITLES = {
   "raw_pixels": "raw pixels",
 }
 
-NAMED = {"source", "groups", "labels_file", "baseline"}  # options that name files or folders
-
 
 def select(names: str) -> dict[str, Protocol]:
   """ "knn,linear" -> {name: protocol}, in that order; empty: none.
@@ -111,14 +109,23 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
     FileNotFoundError: an option names a file or folder that is not there.
   """
   config, chosen = experiment.config, asked(evals, experiment.config)
-  for name in chosen:
-    if config.evaluate[name].get("source") == "" and chosen[name].needs == "nothing":
+  if chosen and config.evaluate.size > config.data.canvas:
+    logging.warning(
+      "pictures are kept at %d px (data.canvas), and shown to the encoder enlarged to %d "
+      "(evaluate.size): a larger canvas shows more", config.data.canvas, config.evaluate.size,
+    )  # fmt: skip
+  for name, protocol in chosen.items():
+    options, defaults = config.evaluate[name], keyword_defaults(protocol.run)
+    if protocol.needs == "nothing" and options.get("source") == "":
       raise ValueError(f"{name} needs pictures of its own: set evaluate.{name}.source")
-    for option in NAMED.intersection(config.evaluate[name]):
-      value = config.evaluate[name][option]
-      path = value.partition(":")[2] if option == "source" else value
-      if path and path != "alexnet" and not Path(path).expanduser().exists():
+    for option in (key for key, default in defaults.items() if default == ""):  # files and folders
+      path = options[option].partition(":")[2] if option == "source" else options[option]
+      if path and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"evaluate.{name}.{option} names {path}, which is not there")
+    whole = {key: default for key, default in defaults.items() if type(default) is int}
+    check_numbers(f"evaluate.{name}.", options, whole)
+    if options.get("seed", 0) >= 2**32:
+      raise ValueError(f"evaluate.{name}.seed is {options.seed}; expected less than 2^32")
   labelled = [name for name, p in chosen.items() if p.needs == "labels"]
   if labelled and not train.num_classes:
     logging.warning("%r has no labels: %s will not be run", train, ", ".join(labelled))
@@ -127,9 +134,6 @@ def open_test(experiment: Experiment, train: Source, evals: str) -> Source | Non
       f"evaluate.size is {config.evaluate.size} and evaluate.crop {config.evaluate.crop}; expected "
       "at least 1 pixel, and a share of the picture above 0 and at most 1"
     )
-  for name, protocol in chosen.items():
-    whole = {k: v for k, v in keyword_defaults(protocol.run).items() if type(v) is int}
-    check_numbers(f"evaluate.{name}.", config.evaluate[name], whole)
   if not [n for n, p in chosen.items() if p.needs != "nothing" and runs(p, train, True)]:
     return None
   try:

@@ -24,12 +24,13 @@ from ssrl_jax.method import (
   encode_with,
   exact_matmul,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_views,
   init_network,
   make_target,
   normalise,
-  update_target,
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
@@ -71,19 +72,17 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target = jax.random.split(key), method_state["target"]
+    keys = jax.random.split(key)
     (h_BVD, z_BVP, q_BVP), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     if "local" in views:
       (_, _, q), stats = forward(network, params, stats, views["local"], keys[1])
       q_BVP = jnp.concatenate([q_BVP, q], axis=1)
-    (_, t_BTP), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], None, method="project"
+    (_, t_BTP), target = forward_target(
+      network, method_state["target"], views["global"], method="project"
     )
-    t_BTP = jax.lax.stop_gradient(t_BTP)
     value = objective(q_BVP, t_BTP)
-    target = target | {"batch_stats": target_stats}
     aux = Aux(
       method_state={"batch_stats": stats, "target": target},
       metrics={"prediction": value},
@@ -93,9 +92,7 @@ def make(
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
-
+  after_update = follow(lambda step: cosine_tau(tau, step, run.total_steps))
   return Method(views, init, loss, after_update, encode_with(encoder))
 
 

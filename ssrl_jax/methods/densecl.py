@@ -25,14 +25,15 @@ from ssrl_jax.method import (
   check_share,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_spec,
   init_network,
   make_target,
   normalise,
   push,
   random_queue,
-  update_target,
 )
 from ssrl_jax.models.heads import MLP
 
@@ -99,15 +100,13 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    target, queue = method_state["target"], method_state["queue"]
+    queue = method_state["queue"]
     outputs, stats = forward(
       network, params, method_state["batch_stats"], views["global"][:, :1], key
     )
-    target_outputs, target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"][:, 1:], None
-    )
+    target_outputs, target = forward_target(network, method_state["target"], views["global"][:, 1:])
     h_BD, q_BP, q_BnP, map_BnC = (x[:, 0] for x in outputs)
-    _, k_BP, k_BnP, k_map_BnC = (jax.lax.stop_gradient(x[:, 0]) for x in target_outputs)
+    _, k_BP, k_BnP, k_map_BnC = (x[:, 0] for x in target_outputs)
     # Pooled before the places are brought to unit length, as the official neck does.
     mean_BP = normalise(jnp.mean(k_BnP, axis=1))
     k_BP, k_BnP = normalise(k_BP), normalise(k_BnP)
@@ -122,11 +121,7 @@ def make(
       "dense": push(queue["dense"], mean_BP),
     }
     aux = Aux(
-      method_state={
-        "batch_stats": stats,
-        "target": target | {"batch_stats": target_stats},
-        "queue": queue,
-      },
+      method_state={"batch_stats": stats, "target": target, "queue": queue},
       metrics={"global": whole, "dense": dense},
       features=jax.lax.stop_gradient(h_BD),
       embeddings=jax.lax.stop_gradient(q_BP),
@@ -134,8 +129,5 @@ def make(
     )
     return (1 - dense_weight) * whole + dense_weight * dense, aux
 
-  def after_update(params, method_state, step):
-    del step
-    return params, update_target(method_state, params, tau)
-
+  after_update = follow(lambda step: tau)
   return Method(views, init, loss, after_update, encode_with(encoder))

@@ -27,13 +27,14 @@ from ssrl_jax.method import (
   cosine_tau,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_views,
   init_network,
   linear_warmup,
   make_target,
   unfold_views,
-  update_target,
 )
 from ssrl_jax.models.heads import GELU, MLP, JointEmbedding, Prototypes
 
@@ -107,21 +108,14 @@ def make(
     return centred_softmax(t_BTK, centre_K, temperature=heat)
 
   def loss(params, method_state, views, key, step):
-    keys, target, centre_K = (
-      jax.random.split(key, 3),
-      method_state["target"],
-      method_state["centre"],
-    )
+    keys, centre_K = jax.random.split(key, 3), method_state["centre"]
     (h_BVD, _, s_BVK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0]
     )
     if "local" in views:
       (_, _, s), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
-    (_, _, t_BTK), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], None
-    )
-    t_BTK = jax.lax.stop_gradient(t_BTK)
+    (_, _, t_BTK), target = forward_target(network, method_state["target"], views["global"])
     p_BTK = teach(t_BTK, centre_K, step)
     value = cross_view_entropy(p_BTK, s_BVK, temperature=temperature)
     if centring == "centre":
@@ -129,11 +123,7 @@ def make(
       centre_K = centre_K * centre_momentum + mean_K * (1 - centre_momentum)
     entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(p_BTK, p_BTK), axis=-1))
     aux = Aux(
-      method_state={
-        "batch_stats": stats,
-        "target": target | {"batch_stats": target_stats},
-        "centre": centre_K,
-      },
+      method_state={"batch_stats": stats, "target": target, "centre": centre_K},
       metrics={"distillation": value, "teacher_entropy": entropy},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
       # Distributions: both ways to collapse, uniform and one prototype for all, make them alike.
@@ -142,7 +132,5 @@ def make(
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
-
+  after_update = follow(lambda step: cosine_tau(tau, step, run.total_steps))
   return Method(views, init, loss, after_update, encode_with(encoder, target=True), frozen=frozen)

@@ -29,7 +29,9 @@ from ssrl_jax.method import (
   check_queue,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_spec,
   init_network,
   make_target,
@@ -37,7 +39,6 @@ from ssrl_jax.method import (
   push,
   random_queue,
   unfold_views,
-  update_target,
 )
 from ssrl_jax.models.attention import AttentionEncoder, cut_parts
 from ssrl_jax.models.heads import MLP
@@ -104,7 +105,10 @@ def make(
   with_parts = encode_parts and num_parts > 0
 
   def part_size(images_BHWC):
-    patch = getattr(encoder.backbone, "patch", 1)  # a ViT needs whole patches
+    innermost = encoder
+    while hasattr(innermost, "backbone"):
+      innermost = innermost.backbone
+    patch = getattr(innermost, "patch", 1)  # a ViT needs whole patches
     return max(round(images_BHWC.shape[1] * part_fraction / patch), 1) * patch
 
   def parts_of(images_BHWC, attention_BHW):
@@ -119,16 +123,14 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target, queue_QP = jax.random.split(key), method_state["target"], method_state["queue"]
+    keys, queue_QP = jax.random.split(key), method_state["queue"]
     view1_BHWC = views["global"][:, 0]
     outputs, stats = forward(
       network, params, method_state["batch_stats"], view1_BHWC[:, None], keys[0]
     )
     h_BD, q_BP, attention_BHW = (x[:, 0] for x in outputs)
-    (_, k_BVP, _), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"][:, 1:], None
-    )
-    k_BP = jax.lax.stop_gradient(normalise(k_BVP[:, 0]))
+    (_, k_BVP, _), target = forward_target(network, method_state["target"], views["global"][:, 1:])
+    k_BP = normalise(k_BVP[:, 0])
     whole = jnp.mean(info_nce_queue(q_BP, k_BP, queue_QP, temperature=temperature))
     value, metrics = whole, {"whole": whole}
     if num_parts:
@@ -142,11 +144,7 @@ def make(
       if with_parts:
         h_BD = jnp.concatenate([h_BD, jnp.mean(h_BKD, axis=1)], axis=1)
     aux = Aux(
-      method_state={
-        "batch_stats": stats,
-        "target": target | {"batch_stats": target_stats},
-        "queue": push(queue_QP, k_BP),
-      },
+      method_state={"batch_stats": stats, "target": target, "queue": push(queue_QP, k_BP)},
       metrics=metrics,
       features=jax.lax.stop_gradient(h_BD),
       embeddings=jax.lax.stop_gradient(q_BP),
@@ -154,10 +152,7 @@ def make(
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    del step
-    return params, update_target(method_state, params, tau)
-
+  after_update = follow(lambda step: tau)
   whole = encode_with(encoder)
 
   def apply(weights, images, train, key):

@@ -42,12 +42,14 @@ from ssrl_jax.method import (
   cosine_tau,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_views,
   init_network,
+  keep,
   make_target,
   normalise,
-  update_target,
 )
 from ssrl_jax.models.heads import MLP
 
@@ -172,12 +174,11 @@ def make(
       t_BVEP = normalise(z_BVEP)
       centre_B1EP = jnp.mean(t_BVEP, axis=1, keepdims=True)
       return t_BVEP, jnp.broadcast_to(centre_B1EP, t_BVEP.shape), places_BVhwP, {}
-    old = method_state["target"]
-    (_, t_BVEP, _, seen_BVhwP), stats = forward(
-      network, old["params"], old["batch_stats"], views["global"], None, True, False
+    (_, t_BVEP, _, seen_BVhwP), after = forward_target(
+      network, method_state["target"], views["global"], True, False
     )
-    t_BVEP, seen_BVhwP = jax.lax.stop_gradient((normalise(t_BVEP), seen_BVhwP))
-    return t_BVEP, mean_of_others(t_BVEP), seen_BVhwP, {"target": old | {"batch_stats": stats}}
+    t_BVEP = normalise(t_BVEP)
+    return t_BVEP, mean_of_others(t_BVEP), seen_BVhwP, {"target": after}
 
   def objective(consistency, spread):
     return consistency_weight * consistency + constraint_weight * spread
@@ -220,11 +221,7 @@ def make(
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    if not momentum:
-      return params, method_state
-    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
-
+  after_update = follow(lambda step: cosine_tau(tau, step, run.total_steps)) if momentum else keep
   return Method(views, init, loss, after_update, encode_with(encoder))
 
 

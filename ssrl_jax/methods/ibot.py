@@ -27,12 +27,13 @@ from ssrl_jax.method import (
   cosine_tau,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_views,
   init_network,
   linear_warmup,
   make_target,
-  update_target,
 )
 from ssrl_jax.models.heads import GELU, MLP, Prototypes
 from ssrl_jax.models.vit import check_vit
@@ -115,19 +116,16 @@ def make(
     return block_BN & (jax.random.uniform(keys[1], (num, 1)) < mask_probability)
 
   def loss(params, method_state, views, key, step):
-    keys, target, centre = jax.random.split(key, 4), method_state["target"], method_state["centre"]
+    keys, centre = jax.random.split(key, 4), method_state["centre"]
     b, v = views["global"].shape[:2]
     mask_BN = draw_masks(keys[3], b * v)
     (h_BVD, s_BVK, s_BVNK), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0], mask_BN
     )
-    (_, t_BTK, t_BTNK), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], None
-    )
+    (_, t_BTK, t_BTNK), target = forward_target(network, method_state["target"], views["global"])
     if "local" in views:
       (_, s, _), stats = forward(network, params, stats, views["local"], keys[1])
       s_BVK = jnp.concatenate([s_BVK, s], axis=1)
-    t_BTK, t_BTNK = jax.lax.stop_gradient((t_BTK, t_BTNK))
     heat = linear_warmup(start_teacher_temperature, teacher_temperature, step, warmup_steps)
     p_BTK = centred_softmax(t_BTK, centre["class"], temperature=heat)
     class_loss = cross_view_entropy(p_BTK, s_BVK, temperature=temperature)
@@ -137,11 +135,7 @@ def make(
     newest = {"class": jnp.mean(t_BTK, axis=(0, 1)), "patches": jnp.mean(t_BTNK, axis=(0, 1, 2))}
     centre = {k: c * centre_momentum + newest[k] * (1 - centre_momentum) for k, c in centre.items()}
     aux = Aux(
-      method_state={
-        "batch_stats": stats,
-        "target": target | {"batch_stats": target_stats},
-        "centre": centre,
-      },
+      method_state={"batch_stats": stats, "target": target, "centre": centre},
       metrics={"class": class_loss, "patches": patch_loss},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
       embeddings=jax.lax.stop_gradient(jax.nn.softmax(s_BVK[:, 0] / temperature)),
@@ -149,7 +143,5 @@ def make(
     )
     return class_loss + patch_weight * patch_loss, aux
 
-  def after_update(params, method_state, step):
-    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
-
+  after_update = follow(lambda step: cosine_tau(tau, step, run.total_steps))
   return Method(views, init, loss, after_update, encode_with(encoder, target=True), frozen=frozen)

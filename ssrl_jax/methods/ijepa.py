@@ -27,12 +27,13 @@ from ssrl_jax.method import (
   check_range,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_views,
   init_network,
   make_target,
   unfold_views,
-  update_target,
 )
 from ssrl_jax.models.vit import NORMAL, check_vit, make_block, sincos
 
@@ -131,31 +132,27 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    keys, target = jax.random.split(key, 3), method_state["target"]
+    keys = jax.random.split(key, 3)
     b, v = views["global"].shape[:2]
     hide_Bn, target_BMn = draw_blocks(keys[2], b * v)
     (h_BVD, predicted_BVMnD), stats = forward(
       network, params, method_state["batch_stats"], views["global"], keys[0], hide_Bn, target_BMn
     )
-    (g_BVD, wanted_BVnD), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], None, method="teach"
+    (g_BVD, wanted_BVnD), target = forward_target(
+      network, method_state["target"], views["global"], method="teach"
     )
-    g_BVD, wanted_BVnD = jax.lax.stop_gradient((g_BVD, wanted_BVnD))
     error_BVMnD = smooth_l1(predicted_BVMnD - wanted_BVnD[:, :, None])
     error_Bn = fold_views(fold_views(jnp.mean(error_BVMnD, axis=-1)))
     value = jnp.mean(mean_where(error_Bn, fold_views(target_BMn)))
     aux = Aux(
-      method_state={"batch_stats": stats, "target": target | {"batch_stats": target_stats}},
+      method_state={"batch_stats": stats, "target": target},
       metrics={"prediction": value, "hidden": jnp.mean(hide_Bn)},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
       embeddings=g_BVD[:, 0],
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    tau_step = tau + (1 - tau) * step / run.total_steps
-    return params, update_target(method_state, params, tau_step)
-
+  after_update = follow(lambda step: tau + (1 - tau) * step / run.total_steps)
   return Method(views, init, loss, after_update, encode_with(encoder, target=True))
 
 

@@ -23,14 +23,15 @@ from ssrl_jax.method import (
   check_queue,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_spec,
   init_network,
   make_target,
   normalise,
   push,
   random_queue,
-  update_target,
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
@@ -74,27 +75,18 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    target, queue_QP = method_state["target"], method_state["queue"]
+    queue_QP = method_state["queue"]
     (h_BVD, q_BVP, _), stats = forward(
       network, params, method_state["batch_stats"], views["global"][:, :1], key
     )
-    (_, k_BVP), target_stats = forward(
-      network,
-      target["params"],
-      target["batch_stats"],
-      views["global"][:, 1:],
-      None,
-      method="project",
+    (_, k_BVP), target = forward_target(
+      network, method_state["target"], views["global"][:, 1:], method="project"
     )
-    q_BP, k_BP = q_BVP[:, 0], jax.lax.stop_gradient(normalise(k_BVP[:, 0]))
+    q_BP, k_BP = q_BVP[:, 0], normalise(k_BVP[:, 0])
     loss_B = info_nce_queue(q_BP, k_BP, queue_QP, temperature=temperature, block=block)
     value = jnp.mean(loss_B)
     aux = Aux(
-      method_state={
-        "batch_stats": stats,
-        "target": target | {"batch_stats": target_stats},
-        "queue": push(queue_QP, k_BP),
-      },
+      method_state={"batch_stats": stats, "target": target, "queue": push(queue_QP, k_BP)},
       metrics={"info_nce": value},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
       embeddings=jax.lax.stop_gradient(q_BP),
@@ -102,8 +94,5 @@ def make(
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    del step
-    return params, update_target(method_state, params, tau)
-
+  after_update = follow(lambda step: tau)
   return Method(views, init, loss, after_update, encode_with(encoder))

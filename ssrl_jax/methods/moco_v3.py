@@ -24,11 +24,12 @@ from ssrl_jax.method import (
   cosine_tau,
   encode_with,
   fold_views,
+  follow,
   forward,
+  forward_target,
   global_spec,
   init_network,
   make_target,
-  update_target,
 )
 from ssrl_jax.models.heads import MLP, JointEmbedding
 
@@ -79,23 +80,18 @@ def make(
 
   def loss(params, method_state, views, key, step):
     del step
-    target = method_state["target"]
     (h_BVD, z_BVP, q_BVP), stats = forward(
       network, params, method_state["batch_stats"], views["global"], key
     )
-    (_, k_BVP), target_stats = forward(
-      network, target["params"], target["batch_stats"], views["global"], None, method="project"
+    (_, k_BVP), target = forward_target(
+      network, method_state["target"], views["global"], method="project"
     )
-    k_BVP = jax.lax.stop_gradient(k_BVP)
     options = {"temperature": temperature, "block": block}
     loss_B = info_nce(q_BVP[:, 0], k_BVP[:, 1], **options)
     loss_B += info_nce(q_BVP[:, 1], k_BVP[:, 0], **options)
     value = 2 * temperature * jnp.mean(loss_B)
     aux = Aux(
-      method_state={
-        "batch_stats": stats,
-        "target": target | {"batch_stats": target_stats},
-      },
+      method_state={"batch_stats": stats, "target": target},
       metrics={"info_nce": jnp.mean(loss_B) / 2},
       features=jax.lax.stop_gradient(h_BVD[:, 0]),
       embeddings=jax.lax.stop_gradient(z_BVP[:, 0]),
@@ -103,8 +99,6 @@ def make(
     )
     return value, aux
 
-  def after_update(params, method_state, step):
-    return params, update_target(method_state, params, cosine_tau(tau, step, run.total_steps))
-
+  after_update = follow(lambda step: cosine_tau(tau, step, run.total_steps))
   frozen = dict.fromkeys(PATCHES, NEVER)
   return Method(views, init, loss, after_update, encode_with(encoder), frozen=frozen)

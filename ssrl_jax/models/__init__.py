@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from ssrl_jax.models.attention import AttentionEncoder
 from ssrl_jax.models.fusion import FusionEncoder
 from ssrl_jax.models.resnet import NORMS, make_resnet
 from ssrl_jax.models.vit import make_vit
+from ssrl_jax.options import nearest
 
 ENCODERS = {
   "resnet6": partial(make_resnet, depth=6),
@@ -55,8 +55,7 @@ def make_encoder(
     attention: enabled (wraps the encoder in an AttentionEncoder), and its fields.
   """
   if name not in ENCODERS:
-    nearest = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0)[0]
-    raise ValueError(f"no encoder {name!r}; nearest: {nearest!r}, all: {', '.join(ENCODERS)}")
+    raise ValueError(nearest(name, ENCODERS, "encoder"))
   if dtype not in DTYPES:
     raise ValueError(f"dtype {dtype!r}: expected one of {DTYPES}")
   if norm not in NORMS:

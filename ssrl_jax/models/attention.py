@@ -39,7 +39,7 @@ class AttentionEncoder(nn.Module):
   heads: int = 4  # of the query that pools each level
   levels: int = 3  # of the coarsest maps
   reduction: int = 8  # of the channels, inside the channel attention
-  pooled: str = "backbone_scales"  # backbone | scales | both; scales retrieve better
+  pooled: str = "backbone_scales"  # backbone | scales | backbone_scales; scales retrieve better
   dtype: Any = jnp.float32
   norm: str = "batch"  # see models.resnet.normalised
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssrl_jax.data import dense
+from ssrl_jax.data.decode import decode
 from ssrl_jax.data.dense import IGNORE, open_boxes, open_masks, read_mask
 from ssrl_jax.data.dense_batches import eval_batches, train_batches
 from tests.dense_sets import NAMES, draw, save, write_coco, write_masks
@@ -251,6 +253,23 @@ def test_masks_of_one_class_are_refused_without_a_list_too(tmp_path):
   name = write_masks(tmp_path, n=2, change=lambda i, mask: np.where(mask > 0, np.uint8(255), 0))
   (tmp_path / "classes.txt").unlink()
   with pytest.raises(ValueError, match=r"have only class 0 .*write the foreground as 1"):
+    open_masks(name, split="train")
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png", "webp"])
+def test_a_picture_that_lies_sideways_is_measured_upright(tmp_path, suffix):
+  exif = Image.Exif()
+  exif[274] = 6
+  Image.new("RGB", (50, 30)).save(tmp_path / f"a.{suffix}", exif=exif)
+  _, extent = decode((tmp_path / f"a.{suffix}").read_bytes(), canvas=50)
+  assert tuple(extent) == dense._upright_size(tmp_path / f"a.{suffix}") == (50, 30)
+
+
+def test_a_class_without_a_name_is_refused(tmp_path):
+  name = write_masks(tmp_path, n=2)
+  path = next(tmp_path.rglob("classes.txt"))
+  path.write_text("ground\n\ncar\ntree\n")
+  with pytest.raises(ValueError, match=r"line 2 of .*classes\.txt is empty; class 1 needs a name"):
     open_masks(name, split="train")
 
 

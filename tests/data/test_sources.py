@@ -14,7 +14,7 @@ from PIL import Image
 from ssrl_jax.data import prepare_tfds
 from ssrl_jax.data.decode import decode
 from ssrl_jax.data.folders import FolderSource
-from ssrl_jax.data.listing import EXTENSIONS, choose_columns
+from ssrl_jax.data.listing import EXTENSIONS, choose_columns, find_split
 from ssrl_jax.data.sources import (
   Subset,
   check_frames,
@@ -400,3 +400,23 @@ def test_real_folder_indexes_and_decodes(data_dir, tmp_path):
   assert len(source) == 20
   levels = [decode(source[i]["image"], canvas=64)[0].mean() for i in range(20)]
   assert np.std(levels) > 1
+
+
+@pytest.mark.parametrize(
+  ("asked", "there", "found"),
+  [
+    ("test", ("train", "val"), "val"),
+    ("validation", ("train", "test"), "test"),
+    ("valid", ("train", "val", "test"), "val"),  # and never the test pictures
+    ("test[:9]", ("train", "valid"), "valid[:9]"),
+    ("test", ("train", "val", "valid"), None),
+    ("val", ("train", "validation", "valid", "test"), None),
+    ("train", ("test",), None),
+  ],
+)
+def test_one_split_stands_for_another_where_it_is_clear_which(asked, there, found):
+  if found is None:
+    with pytest.raises(ValueError, match=f"x has no split '{asked}'; it has: "):
+      find_split(asked, there, where="x")
+  else:
+    assert find_split(asked, there, where="x") == found

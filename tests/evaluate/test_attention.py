@@ -72,6 +72,22 @@ def test_occlusion_finds_what_the_encoder_watches():
   np.testing.assert_allclose(found[:, 1, 1], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("size", "window"), [(100, 0.4), (90, 0.25), (32, 0.9), (16, 1.0)])
+def test_occlusion_hides_every_pixel_and_is_highest_where_it_is_watched(size, window):
+  """Also where half a window does not divide the picture."""
+  images = jnp.ones((1, size, size, 3))
+  corner = slice(int(0.7 * size), int(0.9 * size))
+  watched = lambda x: jnp.stack([jnp.mean(x[:, corner, corner], (1, 2, 3)), jnp.ones(1)], 1)  # noqa: E731
+  map_nn = attention.occlusion_map(watched, images, window=window)
+  fine = np.asarray(jax.image.resize(map_nn, (1, size, size), "bilinear"))[0]
+  row, column = np.unravel_index(np.argmax(fine), fine.shape)
+  if map_nn.size > 1:
+    assert corner.start <= row < corner.stop
+    assert corner.start <= column < corner.stop
+  edge = lambda x: jnp.stack([jnp.mean(x[:, -1, -1], 1), jnp.ones(1)], 1)  # noqa: E731
+  assert np.asarray(attention.occlusion_map(edge, images, window=window)).max() > 0.1
+
+
 def test_entropy_of_hand_cases():
   assert attention.entropy(np.ones((3, 4))) == pytest.approx(1)
   assert attention.entropy(np.eye(1, 9).reshape(3, 3)) == 0

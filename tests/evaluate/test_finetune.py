@@ -236,12 +236,19 @@ def test_fewer_pictures_than_devices_come_several_times(batches):
     np.testing.assert_array_equal(batches[i][1], few.train.images[i % 4])
 
 
-def test_rows_have_the_labels_given_and_the_sources_pictures():
-  rows = pictures.Rows(Tints(9), np.array([7, 2]), np.array([0, 3]))
-  assert len(rows) == 2
-  assert [rows[i]["label"] for i in range(2)] == [0, 3]
-  np.testing.assert_array_equal(rows[1]["image"], Tints(9).images[2])
-  assert pictures.Rows(Tints(9), np.array([7]))[0]["label"] == 3
+def test_relabelled_pictures_are_the_source_s_one_by_one_and_together():
+  class Together(Tints):
+    def read_together(self, positions):
+      return {i: self[i] for i in positions}
+
+  given = pictures.Relabelled(Together(9), np.array([7, 2, 7]), np.array([0, 3, 0]))
+  assert len(given) == 3
+  assert given.labels.tolist() == [0, 3, 0]
+  together = given.read_together([0, 1, 2])
+  assert together.keys() >= {1}  # of a picture that comes twice one is enough
+  for i, example in [(i, given[i]) for i in range(3)] + list(together.items()):
+    assert example["label"] == given.labels[i]
+    np.testing.assert_array_equal(example["image"], Tints(9).images[given.positions[i]])
 
 
 class Picture(nn.Module):

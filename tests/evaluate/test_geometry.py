@@ -90,6 +90,10 @@ def test_alignment_and_uniformity_of_hand_cases():
     np.log((2 * np.exp(-4) + np.exp(-8)) / 3)
   )
   assert geometry.uniformity(np.ones((9, 4))) == pytest.approx(0)
+  # A vector of nothing is at distance 1 of the others.
+  with_zero = np.array([[1.0, 0], [0, 1], [0, 0]])
+  expected = np.log((np.exp(-4) + 2 * np.exp(-2)) / 3)
+  assert geometry.uniformity(with_zero) == pytest.approx(expected)
 
 
 def test_uniformity_does_not_depend_on_blocks(monkeypatch):

@@ -136,6 +136,11 @@ def test_options_out_of_range_are_errors(options, match):
     knn.run(judge(clusters(10), clusters(10), 4), **options)
 
 
+def test_top_accuracy_of_what_is_no_number_is_0():
+  scores = np.array([[np.nan, np.nan], [np.nan, 1.0], [0.0, np.nan], [0.0, 1.0]])
+  assert knn.top_accuracy(scores, np.array([0, 0, 0, 1]), 1) == 25
+
+
 def test_top_accuracy_gives_ties_to_the_lowest_class():
   scores, label = np.array([[1.0, 1, 0], [0, 2, 2]]), np.array([1, 1])
   assert knn.top_accuracy(scores, label, 1) == 50

@@ -80,7 +80,7 @@ def test_class_without_pictures_is_an_error():
 def test_list_of_names_finds_the_pictures(folder, tmp_path):
   file = listed(tmp_path, "dog/1.png\n\n2.png\n7.png\n")
   np.testing.assert_array_equal(read_list(file, folder), [1, 2, 3])
-  np.testing.assert_array_equal(choose_ids(folder, file=file), [1, 2, 3])
+  np.testing.assert_array_equal(choose_ids(folder, labels_file=file), [1, 2, 3])
 
 
 def test_list_of_positions_is_taken(folder, tmp_path):
@@ -122,12 +122,12 @@ def test_list_of_names_for_a_source_without_them_is_an_error(tmp_path):
 
 def test_list_of_a_picture_without_label_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"lists 1 pictures without a label, e\.g\. number 5"):
-    choose_ids(Tints(8, unlabelled=(5,)), file=listed(tmp_path, "1\n5"))
+    choose_ids(Tints(8, unlabelled=(5,)), labels_file=listed(tmp_path, "1\n5"))
 
 
 def test_unlabelled_source_is_an_error():
   with pytest.raises(ValueError, match=r"Tints\(3\) has no labels to choose from"):
-    choose_ids(Tints(3, unlabelled=(0, 1, 2)), fraction=0.5)
+    choose_ids(Tints(3, unlabelled=(0, 1, 2)), label_fraction=0.5)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.437])

@@ -254,3 +254,23 @@ def test_probe_of_some_ids_is_that_of_these_pictures_alone():
   some = linear.fit_probe(judge((x, y), (x, y), 5), ids=ids, **QUICK)
   alone = linear.fit_probe(judge((x[ids], y[ids]), (x, y), 5), **QUICK)
   np.testing.assert_array_equal(some.head["kernel"], alone.head["kernel"])
+
+
+def test_one_setting_that_diverged_is_an_error_and_no_accuracy():
+  train, test = clusters(200), clusters(50, seed=1)
+  with pytest.raises(FloatingPointError, match="rate 1000 and weight decay 1; lower them"):
+    linear.run(judge(train, test, 5), learning_rates=(1000.0,), weight_decays=(1.0,), epochs=9)
+
+
+def test_a_short_search_chooses_and_the_chosen_one_is_trained_in_full(noisy, monkeypatch):
+  train, test, figures = noisy
+  fits, fit_heads = [], linear.fit_heads
+
+  def record(x, y, pairs, *, epochs, **options):
+    fits.append((len(pairs), epochs))
+    return fit_heads(x, y, pairs, epochs=epochs, **options)
+
+  monkeypatch.setattr(linear, "fit_heads", record)
+  short = linear.run(judge(train, test, 5), **QUICK, search_epochs=3)
+  assert fits == [(6, 3), (1, 15)]
+  assert short["linear/accuracy"] == pytest.approx(figures["linear/accuracy"], abs=3)

@@ -21,7 +21,7 @@ def test_figures_are_the_mean_and_deviation_of_the_probe_on_each_draw(judged):
   grid = {"learning_rates": (0.1, 1.0), "weight_decays": (1e-3,), "held_out": 0.2}
   test, expected = judged.features("test"), []
   for seed in range(3):
-    ids = choose_ids(judged.train, fraction=0.25, seed=seed)
+    ids = choose_ids(judged.train, label_fraction=0.25, seed=seed)
     probe = linear.fit_probe(judged, **grid, epochs=20, seed=seed, ids=ids)
     expected.append(100 * np.mean(probe.logits(test.features).argmax(1) == test.labels))
   assert found["low_label/25pct/accuracy"] == pytest.approx(np.mean(expected))
@@ -31,7 +31,7 @@ def test_figures_are_the_mean_and_deviation_of_the_probe_on_each_draw(judged):
 
 
 def test_probe_sees_no_other_labels(judged):
-  ids = choose_ids(judged.train, fraction=0.25, seed=0)
+  ids = choose_ids(judged.train, label_fraction=0.25, seed=0)
   expected = low_label.probe_accuracy(
     judged, ids, steps=20, batch_size=256, seed=0, learning_rates=(1.0,), weight_decays=(0.0,),
     held_out=0.2,

@@ -132,6 +132,11 @@ def test_a_head_that_is_not_known_and_a_source_that_is_not_given_are_refused(mas
     run(make_evaluation())
 
 
+def test_a_grid_that_does_not_divide_the_view_is_refused(masks):
+  with pytest.raises(ValueError, match="stride 3 makes a grid of 4 pixels, which does not divide"):
+    run(make_evaluation(), source=masks, size=30, stride=3)
+
+
 def test_colours_of_classes_differ():
   for n in (2, 11, 40):
     assert len({tuple(c) for c in segmentation.palette(n)}) == n

@@ -286,7 +286,7 @@ def test_make_encoder_names_what_is_wrong():
     "fusion": {"enabled": False},
     "attention": {"enabled": False},
   }
-  with pytest.raises(ValueError, match=r"no encoder 'resnet19'; nearest: 'resnet1[08]'"):
+  with pytest.raises(ValueError, match=r"unknown encoder 'resnet19'; did you mean 'resnet1[08]'"):
     make_encoder(**good | {"name": "resnet19"})
   with pytest.raises(ValueError, match="dtype 'bf16'"):
     make_encoder(**good | {"dtype": "bf16"})
