@@ -4,11 +4,12 @@
 # Not run on a real TPU: a test's stand-in for gcloud runs in a folder what is sent to each host.
 #
 #   NAME=ssrl ZONE=us-east5-b TYPE=v6e-32 VERSION=v2-alpha-tpuv6e DATA=bucket-of-data RUNS=bucket-of-runs \
-#     bash launch/tpu_pod.sh --config=configs/imagenet.py --config.data.source=folder:data/imagenet --workdir=runs/a
+#     bash launch/tpu_pod.sh --config=configs/imagenet.py --config.batch_size=2048 --config.data.source=folder:data/imagenet --workdir=runs/a
 #
 # Run it in the repository, on a machine with an authenticated gcloud and a project set; it may be
 # stopped (Ctrl-C) and started again: it finds the slice and the run. The arguments are those of
-# ssrl_jax.main. JAX finds the hosts of the slice by itself.
+# ssrl_jax.main. JAX finds the hosts of the slice by itself. Whether a batch fits into the chips' memory
+# (32 GB each of a v6e): ssrl_jax.main --dry_run --devices=32 with the same arguments says it first.
 #
 #   NAME      of the queued resource and of the slice
 #   ZONE      where; TYPE the accelerator, VERSION its software: cloud.google.com/tpu/docs/runtimes

@@ -22,11 +22,11 @@ from ssrl_jax.experiment import (
   Experiment,
   abstract_state,
   build,
-  create_state,
   open_split,
   with_guard,
 )
 from ssrl_jax.guard import read_bad_step
+from ssrl_jax.init_from import first_state
 from ssrl_jax.run_folder import load_config
 from ssrl_jax.step import compile_step, watched_tensors
 from ssrl_jax.train import training_batches
@@ -50,7 +50,7 @@ def replay(
   checkpoints = Checkpoints(folder, keep=1, keep_best=0, read_only=True)
   state = checkpoints.restore(abstract_state(experiment), at_most=step - 1)
   checkpoints.close()
-  state = with_guard(experiment, state) if state else create_state(experiment)
+  state = with_guard(experiment, state) if state else first_state(experiment)
   first = int(state.step)
   say(f"from step {first}, {step - 1 - first} steps to go before step {step}")
   run, (names, _) = compile_step(experiment, state), watched_tensors(experiment)

@@ -24,11 +24,11 @@ from ssrl_jax.evaluate.during import Evaluate, Evaluations, Moved
 from ssrl_jax.experiment import (
   Experiment,
   abstract_state,
-  create_state,
   training_sampling,
   with_guard,
 )
 from ssrl_jax.flops import peak_flops
+from ssrl_jax.init_from import first_state
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import read_metrics
 from ssrl_jax.pixels import denormalise
@@ -117,9 +117,10 @@ def train(
       f"{workdir} holds the results of a run whose checkpoints are gone: choose another --workdir, "
       "or remove it"
     )
-  say(f"resuming at step {int(state.step)}" if state else "starting at step 0")
+  source_of = f", with the encoder of {config.init_from}" if config.init_from else ""
+  say(f"resuming at step {int(state.step)}" if state else f"starting at step 0{source_of}")
+  state = with_guard(experiment, state) if state else first_state(experiment)
   begin()
-  state = with_guard(experiment, state) if state else create_state(experiment)
   step = int(state.step)
   known = [r for r in read_metrics(workdir) if r["step"] <= step]
   evaluations = Evaluations(config.evaluate.during, evaluate, known, step=step, total=total)

@@ -221,10 +221,11 @@ def alignment(first_ND: np.ndarray, second_ND: np.ndarray) -> float:
 
 def uniformity(x_ND: np.ndarray) -> float:
   """log mean exp(-2 d^2) over all pairs of different pictures (Wang & Isola 2020, t = 2)."""
-  x_ND, total = _unit(x_ND), 0.0
-  n = len(x_ND)
+  x_ND, total = _unit(x_ND), 0.0  # vectors of nothing but zeros stay so
+  n, length_N = len(x_ND), np.sum(x_ND**2, axis=1)
   for start in range(0, n, BLOCK):
-    square = 2 - 2 * x_ND[start : start + BLOCK] @ x_ND.T
+    rows = slice(start, start + BLOCK)
+    square = length_N[rows, None] + length_N[None] - 2 * x_ND[rows] @ x_ND.T
     near = np.exp(-2 * np.maximum(square, 0))
     near[np.arange(len(near)), start + np.arange(len(near))] = 0  # each picture's pair with itself
     total += np.sum(near)

@@ -83,10 +83,10 @@ def run(
   train, test = open_masks(source, split=train_split), open_masks(source, split=test_split)
   check_same_classes(train, test)
   module = make_head(head, strides, train.num_classes, stride=stride, levels=levels, width=width)
-  if size % module.grid:
+  if size % module.stride:
     raise ValueError(
-      f"segmentation: stride {stride} makes a grid of {module.grid} pixels, which does not divide "
-      f"size {size}; lower evaluate.segmentation.stride or change the size"
+      f"segmentation: stride {stride} makes a grid of {module.stride} pixels, which does not "
+      f"divide size {size}; lower evaluate.segmentation.stride or change the size"
     )
   trained = dense.train_head(
     evaluation, module, functools.partial(pixel_loss, size=size), train,

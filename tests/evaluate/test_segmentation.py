@@ -134,7 +134,7 @@ def test_a_head_that_is_not_known_and_a_source_that_is_not_given_are_refused(mas
 
 def test_a_grid_that_does_not_divide_the_view_is_refused(masks):
   with pytest.raises(ValueError, match="stride 3 makes a grid of 4 pixels, which does not divide"):
-    run(make_evaluation(), source=masks, size=30, stride=3)
+    run(make_evaluation(), source=masks, size=30, stride=3, test_split="train")
 
 
 def test_colours_of_classes_differ():
