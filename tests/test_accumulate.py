@@ -158,6 +158,18 @@ def test_config_reaches_the_loss_and_counts_no_flop_twice():
   assert flops_per_step(parts) == flops_per_step(plain) < counted
 
 
+def test_terms_of_a_hybrid_are_cut_each_as_it_needs():
+  """mae's network, which has no batch statistics, as a whole; of simclr's the encoder alone."""
+  decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+  terms = {"method.terms": ("simclr", "mae"), "method.options": {"mae": decoder}}
+  parts = make_experiment("hybrid", VIT | terms | {"accumulate": 2, "encoder.remat": True})
+
+  def loss(key, views):
+    return parts.method.loss(*parts.method.init(key, views), views, key, 0)[0]
+
+  assert jax.eval_shape(loss, jax.random.key(0), abstract_views(parts)).shape == ()
+
+
 def test_coupled_encoders_and_uneven_parts_are_refused():
   with pytest.raises(ValueError, match=r"accumulate is 4.*BatchNorm.*encoder.norm=group.*ViT"):
     make_experiment("simclr", {"accumulate": 4})

@@ -328,6 +328,15 @@ def test_waiting_together_to_save_is_a_sign_of_life_and_to_restore_none(tmp_path
   assert len(pauses) == 16
 
 
+def test_waiting_for_a_disk_at_the_end_is_a_sign_of_life(tmp_path, monkeypatch):
+  signs, options = [], {"keep": 1, "keep_best": 0, "retries": 2, "retry_seconds": 0.0}
+  checkpoints = Checkpoints(tmp_path, moved=lambda: signs.append("alive"), **options)
+  Flaky(monkeypatch, "save", 2)
+  checkpoints.finish(make_state(1), step=1, score=0.0)
+  assert checkpoints.steps() == [1]
+  assert len(signs) == 2
+
+
 def test_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
   saved(tmp_path, [2, 3]).close()
   checkpoints = Checkpoints(tmp_path, keep=3, keep_best=0, retries=1, retry_seconds=0.0)

@@ -17,7 +17,7 @@ from ssrl_jax import parallel
 from ssrl_jax.checkpoint import Checkpoints
 from ssrl_jax.config import base_config
 from ssrl_jax.experiment import build, create_state, open_split
-from ssrl_jax.guard import SETTLED, SPIKE, Guard, init_guard, judge, read_bad_step
+from ssrl_jax.guard import SETTLED, SPIKE, WINDOW, Guard, init_guard, judge, read_bad_step
 from ssrl_jax.methods import simclr
 from ssrl_jax.replay import replay
 from ssrl_jax.state import state_digest
@@ -177,6 +177,36 @@ def test_verdict_is_that_of_the_mean_and_variance_of_the_good_losses():
   assert int(guard["skipped"]) == 2
 
 
+def test_average_of_the_losses_moves_with_what_the_last_ones_are():
+  """Losses of 1, then of 3: by hand, what the older ones still count."""
+  losses = jnp.repeat(jnp.array([1.0, 3.0]), 150)
+
+  @jax.jit
+  def last(guard):
+    one = lambda guard, loss: (judge(guard, loss, -1, spike=0.0, name=7)[1], None)  # noqa: E731
+    return jax.lax.scan(one, guard, losses)[0]
+
+  guard, old = last(init_guard(options(on_bad_step="skip"))), (1 - 1 / WINDOW) ** 150
+  np.testing.assert_allclose(guard["mean"], 3 - 2 * old, rtol=1e-4)
+  np.testing.assert_allclose(guard["variance"], 4 * old * (1 - old), rtol=1e-4)
+  assert int(guard["good"]) == 300
+
+
+def test_collapse_is_told_once_when_it_has_lasted_and_not_at_the_start(tmp_path, caplog):
+  guard = Guard(options(), tmp_path, total_steps=9, watched=(["a"], 4), writes=True)
+  fine = {"health/std": 1.0, "health/cosine": 0.1, "health/rank": 3.0}
+  collapsed = fine | {"health/std": 0.01}
+  seen = [(step, collapsed) for step in (10, 20, 30, 40, 50, 60)]  # from step 50 on they count
+  seen += [(70, fine), (80, collapsed), (90, collapsed)]
+  for step, figures in seen:
+    guard.check_collapse(step, figures)
+  assert caplog.text == ""
+  for step in (100, 110, 120):
+    guard.check_collapse(step, collapsed)
+  (line,) = caplog.messages
+  assert line.startswith("step 100: complete collapse")
+
+
 def test_nothing_is_carried_where_nothing_is_asked_for():
   assert init_guard(options()) == ()
 
@@ -196,12 +226,14 @@ def test_patience_ends_a_run_of_bad_steps(tmp_path):
   assert json.loads((tmp_path / "non_finite.json").read_text())["first_bad_tensor"] == SPIKE
 
 
-def test_disk_that_takes_no_batch_does_not_hide_what_happened(tmp_path, caplog):
+def test_disk_that_takes_nothing_does_not_hide_what_happened(tmp_path, caplog):
   (tmp_path / "bad_steps").write_text("in the way")
+  (tmp_path / "non_finite.json").mkdir()
   guard = Guard(options(), tmp_path, total_steps=9, watched=(["a"], 4), writes=True)
   with pytest.raises(FloatingPointError, match="step 5: NaN or infinity, first in 'a'"):
     guard.check(5, {"first_bad": 0, "loss": 1.0}, lambda: {"id": np.arange(3)})
   assert "could not be kept" in caplog.text
+  assert "non_finite.json: [Errno" in caplog.text
 
 
 class Bomb:

@@ -294,6 +294,22 @@ def test_each_array_may_be_clipped_by_itself():
   assert 0 < clipped < len(gradients)
 
 
+def test_decay_of_frozen_arrays_is_that_of_the_step_at_which_they_begin():
+  """Without gradients what moves is the decay alone."""
+  options = OPTIONS | {"name": "adamw", "weight_decay": 0.04, "final_weight_decay": 0.4}
+  rule, schedule = make_optimizer(**options, frozen={"conv": 2})
+  params = {name: trees(0)[name] for name in ("conv", "dense")}
+  still = jax.tree.map(np.zeros_like, params)
+  state, update = rule.init(params), jax.jit(rule.update)
+  for step in range(4):
+    updates, state = update(still, state, params)
+    decay = 0.4 + (0.04 - 0.4) * (1 + np.cos(np.pi * step / 12)) / 2
+    rate = float(schedule(step)) * decay
+    for name, begins in (("conv", 2), ("dense", 0)):
+      expected = -rate * params[name] if step >= begins else still[name]
+      np.testing.assert_allclose(updates[name], expected, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("clip_each", [False, True])
 def test_clipping_may_begin_in_the_middle_of_a_run(clip_each):
   options = OPTIONS | {"name": "adamw", "clip_each": clip_each}

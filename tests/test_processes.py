@@ -115,6 +115,11 @@ def go_on(count, stopped, folder, *more, num_devices=1):
   return folder
 
 
+def test_an_error_without_a_text_is_an_error():
+  with pytest.raises(PermissionError):
+    processes.first_does(lambda: (_ for _ in ()).throw(PermissionError()))
+
+
 @pytest.mark.slow
 def test_two_processes_stopped_and_continued_are_one_process_of_as_many_devices(
   alone, stopped, tmp_path

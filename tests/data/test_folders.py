@@ -254,6 +254,15 @@ def test_a_folder_that_has_just_changed_is_not_kept(tmp_path, cache, monkeypatch
   assert not cache.exists()
 
 
+def test_times_before_1970_are_listed_and_kept(tmp_path, cache, walks):
+  root = make_set(tmp_path / "set")
+  for folder in (root, root / "a"):
+    os.utime(folder, (-10, -10))
+  assert len(FolderSource(str(root), split="train")) == 3
+  assert len(names(root)) == 3
+  assert len(walks) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_harmless(tmp_path, monkeypatch, cache, caplog):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -248,6 +248,12 @@ def test_target_moves_by_its_average_and_by_nothing_else(case):
       np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+def test_target_s_batch_statistics_follow_what_it_sees(case):
+  before, after = (dict(named_leaves(s)) for s in (case.inputs[1], case.output[0][1].method_state))
+  running = [name for name in before if "target/batch_stats/" in name]
+  assert not [name for name in running if np.array_equal(after[name], before[name])]
+
+
 def test_update_leaves_the_rest_of_the_state_alone(case):
   params, method_state = case.trained
   new_params, after = case.after_update(params, method_state, jnp.int32(3))

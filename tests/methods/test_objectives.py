@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssrl_jax.method import Features, Run, ViewSpec, normalise
+from ssrl_jax.method import Features, Run, ViewSpec, linear_warmup, normalise
 from ssrl_jax.methods import (
   barlow_twins,
   byol,
@@ -39,6 +39,10 @@ from ssrl_jax.methods import (
   vicregl,
   w_mse,
 )
+from ssrl_jax.models.attention import AttentionEncoder
+from ssrl_jax.models.fusion import FusionEncoder
+from ssrl_jax.models.vit import ViT
+from tests.methods.common import random_like
 from tests.numeric import differences, softmax64, unit
 
 B, P, K = 6, 4, 5
@@ -486,17 +490,21 @@ def test_swav_codes_come_from_two_crops_and_are_predicted_from_all_others(monkey
   check(method, z, reference, rtol=1e-3, atol=1e-4, **options)
 
 
-def test_swav_codes_from_the_queue(monkeypatch):
-  """Once it is in use, each crop's codes share the prototypes with that crop's queue."""
+@pytest.mark.parametrize(("queue_start", "first"), [(1.0, 10), (0.0, 2)])
+def test_swav_codes_from_the_queue(monkeypatch, queue_start, first):
+  """Once it is in use, each crop's codes share the prototypes with that crop's queue.
+
+  From its epoch of 10 steps on, and not before two batches have filled it.
+  """
   z, proto, rng = embeddings(2), kernel(), np.random.default_rng(4)
   queue = unit(rng.normal(size=(2, 2 * B, P))).astype(np.float32)
-  options = {"num_prototypes": K, "out_dim": P, "queue_size": 2 * B, "queue_start": 1.0}
+  options = {"num_prototypes": K, "out_dim": P, "queue_size": 2 * B, "queue_start": queue_start}
   method = make(monkeypatch, swav, **options)
   given = {
     "params": {"predictor": {"kernel": jnp.asarray(proto)}},
     "state": {"queue": jnp.asarray(queue)},
   }
-  for step, rows in ((9, 0), (10, 2 * B)):  # an epoch has 10 steps
+  for step, rows in ((first - 1, 0), (first, 2 * B)):
     loss = 0.0
     for t in range(2):
       scores = np.concatenate([unit(z[:, t]) @ proto.T, queue[t, :rows] @ proto.T])
@@ -603,11 +611,12 @@ def test_ijepa_is_smooth_l1_to_normalised_features_of_the_target_blocks(monkeypa
   monkeypatch.setattr(ijepa, "check_vit", lambda name, encoder: 2)
   monkeypatch.setattr(ijepa, "Network", lambda *a: Fake())
   spec = ViewSpec("global", count=1, size=2 * side)
-  method = ijepa.make(encoder=Given(), views=(spec,), run=RUN)
+  method = ijepa.make(encoder=Given(), views=(spec,), run=RUN, context_area=(0.25, 0.25))
   given = {"global": rng.normal(size=(3, 1, 8, 8, 3)).astype(np.float32)}
   state = {"batch_stats": {}, **target()}
   value, _ = method.loss({}, state, given, jax.random.key(0), 0)
   per_block = []
+  assert np.all(np.sum(~seen["hide"], axis=1) <= 4)  # the context is a quarter of 16 patches
   for b in range(3):
     for m in range(4):
       places = np.flatnonzero(seen["target"][b, m])
@@ -616,6 +625,55 @@ def test_ijepa_is_smooth_l1_to_normalised_features_of_the_target_blocks(monkeypa
       errors = [d**2 / 2 if d < 1 else d - 0.5 for d in difference.reshape(-1)]
       per_block.append(np.mean(errors))
   np.testing.assert_allclose(value, np.mean(per_block), rtol=1e-5)
+
+
+TINY_VIT = ViT(8, 1, 2, patch=2, position="sincos", pool="mean")
+
+
+def test_mae_puts_each_patch_back_in_its_place():
+  """Without blocks in the decoder a place shows its own patch, or, hidden, no image at all."""
+  n, num_visible = 16, 6
+  network = mae.Network(TINY_VIT, num_visible, 12, 0, 2)
+  rng = np.random.default_rng(0)
+  order_BN = np.stack([rng.permutation(n) for _ in range(3)])
+  images = rng.normal(size=(2, 3, 8, 8, 3)).astype(np.float32)
+  shapes = jax.eval_shape(
+    lambda x: network.init(jax.random.key(0), x, False, jnp.asarray(order_BN)), images[0]
+  )
+  apply = jax.jit(lambda x, order: network.apply(random_like(shapes), x, False, order)[1])
+  one, other = (np.asarray(apply(x, order_BN)) for x in images)
+  shows = np.any(one != other, axis=2)
+  for b in range(3):
+    assert set(np.flatnonzero(shows[b])) == set(order_BN[b, :num_visible])
+  # The order within what is seen is no other picture.
+  turned_BN = np.concatenate([order_BN[:, num_visible - 1 :: -1], order_BN[:, num_visible:]], 1)
+  np.testing.assert_allclose(apply(images[0], turned_BN), one, rtol=1e-3, atol=1e-4)
+
+
+def test_ijepa_sees_nothing_of_what_is_hidden():
+  """Neither the pooled features nor a prediction where its block is; of the rest each patch."""
+  n, network = 16, ijepa.Network(TINY_VIT, 12, 1, 2)
+  rng = np.random.default_rng(0)
+  target_BMn = np.zeros((1, 2, n), bool)
+  target_BMn[0, 0, [1, 2]] = target_BMn[0, 1, [6, 10]] = True
+  hide_Bn = target_BMn.any(axis=1)
+  hide_Bn[0, [12, 13]] = True  # outside of the context block
+  image = rng.normal(size=(1, 8, 8, 3)).astype(np.float32)
+  shapes = jax.eval_shape(
+    lambda x: network.init(jax.random.key(0), x, False, jnp.asarray(hide_Bn), target_BMn), image
+  )
+
+  @jax.jit
+  def outputs(image):
+    pooled, predicted_BMnD = network.apply(random_like(shapes), image, False, hide_Bn, target_BMn)
+    return pooled, predicted_BMnD[target_BMn]
+
+  for place in range(n):
+    row, column = divmod(place, 4)
+    changed = image.copy()
+    changed[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 1
+    same = [np.array_equal(x, y) for x, y in zip(outputs(changed), outputs(image))]
+    assert same == [hide_Bn[0, place]] * 2, place
 
 
 def test_smooth_l1_is_torchs_with_beta_1():
@@ -699,6 +757,12 @@ def test_far_permutations():
   assert all(np.all(a != b) for i, a in enumerate(order[:4]) for b in order[:i])
   np.testing.assert_array_equal(jigsaw.far_permutations(20), order[:20])
   assert len(np.unique(jigsaw.far_permutations(2000), axis=0)) == 2000
+
+
+def test_linear_warmup_by_hand():
+  for step, expected in ((0, 2.0), (5, 3.0), (10, 4.0), (25, 4.0)):
+    assert linear_warmup(2.0, 4.0, jnp.int32(step), 10) == expected
+  assert linear_warmup(2.0, 4.0, jnp.int32(0), 0) == 4.0
 
 
 def test_fusion_pieces():
@@ -787,6 +851,27 @@ def test_fusion_compares_views_with_a_target_and_places_with_what_the_other_view
   value, gradient = jax.jit(jax.value_and_grad(loss))(z)
   np.testing.assert_allclose(value, reference(z.astype(np.float64)), rtol=1e-5)
   np.testing.assert_allclose(gradient, differences(reference, z), rtol=1e-3, atol=2e-5)
+
+
+def test_fusion_adds_the_objectives_of_all_scales_with_their_weight(monkeypatch):
+  class Scales(nn.Module):
+    def __call__(self, images, train):
+      return Features(images[:, 0, 0], {4: images}, scales=images[:, 0, 1:])
+
+  z = np.random.default_rng(0).normal(size=(B, 2, 1, 4, P))  # the whole and 3 scales
+  monkeypatch.setattr(fusion, "MLP", lambda **kw: Same())
+  method = fusion.make(
+    encoder=Scales(), views=views(), run=RUN, consistency_weight=1.5, eps=0.3, scale_weight=0.7
+  )
+  objectives = []
+  for e in range(4):
+    centre = unit(z[:, :, 0, e]).mean(axis=1)
+    near = [cosine_distance64(z[b, v, 0, e], centre[b]) for b in range(B) for v in range(2)]
+    spread = np.mean([coding_rate64(z[:, v, 0, e], 0.3) for v in range(2)])
+    objectives.append(1.5 * np.mean(near) + spread)
+  given = {"global": z.astype(np.float32)}
+  value, _ = jax.jit(method.loss)({}, {"batch_stats": {}}, given, jax.random.key(0), 0)
+  np.testing.assert_allclose(value, objectives[0] + 0.7 * sum(objectives[1:]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -896,6 +981,19 @@ def test_finegrained_is_info_nce_of_the_whole_and_of_each_part(
   assert aux.features.shape == (B, P * (2 if num_parts and encode_parts else 1))
 
 
+def test_finegrained_cuts_whole_patches_for_a_vit_inside_of_whatever():
+  """Of 16 pixels 0.4 are 6.4, which is no multiple of 4."""
+  encoder = AttentionEncoder(FusionEncoder(ViT(8, 1, 2, patch=4), 4), 4, levels=1)
+  spec, options = ViewSpec("global", size=16), {"num_parts": 1, "part_fraction": 0.4}
+  method = finegrained.make(encoder=encoder, views=(spec,), run=RUN, queue_size=B, **options)
+
+  def loss(key, images):
+    given = {"global": images}
+    return method.loss(*method.init(key, given), given, key, 0)[0]
+
+  assert jax.eval_shape(loss, jax.random.key(0), jnp.zeros((B, 2, 16, 16, 3))).shape == ()
+
+
 def test_hybrid_is_the_weighted_sum_of_its_terms(monkeypatch):
   z, weights = embeddings(2), (0.5, 2.0)
   options = {"simclr": {"temperature": 0.3}, "vicreg": {"covariance_weight": 3.0}}
@@ -909,6 +1007,12 @@ def test_hybrid_is_the_weighted_sum_of_its_terms(monkeypatch):
   own = [loss_of(part, z)[0] for part in parts]
   np.testing.assert_allclose(value, sum(w * x for w, x in zip(weights, own)), rtol=1e-6)
   np.testing.assert_allclose([aux.metrics["simclr"], aux.metrics["vicreg"]], own, rtol=1e-6)
+
+
+def test_hybrid_freezes_what_its_terms_freeze_under_their_names(monkeypatch):
+  options = {"swav": {"freeze_epochs": 1.5}}
+  method = make(monkeypatch, hybrid, terms=("simclr", "swav"), options=options)
+  assert method.frozen == {"swav/predictor": 15}
 
 
 class Solver(nn.Module):
