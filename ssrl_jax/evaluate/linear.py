@@ -108,7 +108,7 @@ def fit_probe(
     learning_rates: at the start, for this batch size.
     weight_decays: of the kernel.
     epochs, batch_size: of every training.
-    search_epochs: of the trainings that choose; 0: as many. A tenth makes a grid cheap, and its
+    search_epochs: of the trainings that choose; 0: as many. A fifth makes a grid cheap, and its
       choice less sure.
     held_out: share of each class that chooses; not used where there is only one setting.
     seed: of the held-out part and of the order.
