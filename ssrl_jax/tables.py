@@ -324,13 +324,16 @@ def spent(tables: Sequence[Table], workdirs: Sequence[Path]) -> str:
   judged: set[Path] = set()
   for table in tables:
     for run in runs_of(table):
-      trained.add(run.folder(workdirs) / "costs.json")
+      folder = run.folder(workdirs)
+      trained |= {folder / "costs.json"} if finished(folder) else set()
       files = (judged_file(run, k, judge, workdirs) for k, judge in table.judges.items())
-      judged |= set(map(costs_file, files))
+      judged |= {costs_file(file) for file in files if file.exists()}
 
   def told(paths: Set[Path], what: str) -> str:
+    """Of how many the costs are known is said where some, of before they were kept, have none."""
     costs = [json.loads(path.read_text())["cpu_seconds"] for path in paths if path.exists()]
-    return f"{what} {sum(costs) / 3600:.2g} CPU hours (of {len(costs)})"
+    known = f"known of {len(costs)}, " if len(costs) < len(paths) else ""
+    return f"{what} {sum(costs) / 3600:.2g} CPU hours ({known}of {len(paths)})"
 
   return f"{told(trained, 'trainings')}, {told(judged, 'evaluations')}"
 

@@ -197,6 +197,9 @@ def test_what_tables_have_cost_counts_what_they_share_once(tmp_path):
     path.with_name(f"{path.stem}-costs.json").write_text(json.dumps({"cpu_seconds": 360.0}))
   line = "trainings 1 CPU hours (of 5), evaluations 0.5 CPU hours (of 5)"
   assert tables.spent([TABLE, TABLE._replace(rows=TABLE.rows[:2])], [tmp_path]) == line
+  next(tmp_path.glob("runs/*/judged/*-costs.json")).unlink()  # of before costs were kept
+  some = "evaluations 0.4 CPU hours (known of 4, of 5)"
+  assert tables.spent([TABLE], [tmp_path]).endswith(some)
   assert tables.spent([TABLE], [tmp_path / "none"]).startswith("trainings 0 CPU hours (of 0)")
 
 

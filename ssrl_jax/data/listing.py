@@ -40,14 +40,14 @@ def find_split(split: str, available: tuple[str, ...], *, where: str) -> str:
     ValueError: there is no such split.
   """
   base, bracket, rest = split.partition("[")
-  if base in HELD_OUT and base not in available:
+  if base in available:
+    return split
+  if base in HELD_OUT:
     held_out = [name for name in HELD_OUT if name in available]
     validation = [name for name in held_out if "test" not in (base, name)]
     for found in (validation, held_out):
       if len(found) == 1:
         return found[0] + bracket + rest
-  if base in available:
-    return split
   raise ValueError(f"{where} has no split {base!r}; it has: {', '.join(available)}")
 
 
