@@ -23,8 +23,9 @@ from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, buil
 from ssrl_jax.methods import METHODS
 from ssrl_jax.step import compile_step, make_train_step, never_trained
 
-# What a loss needs of the whole batch, as floats of (B images, V global views, M = config.method, E
-# embeddings of a view): gathered or scattered once, and summed. What is not here needs nothing.
+# What a loss needs of the whole batch, as floats of (B images, V global views, M: config.method,
+# the features' "dim", E embeddings of a view): gathered or scattered once, and summed. What is not
+# here needs nothing.
 MOVED = {
   **dict.fromkeys(("simclr", "dcl", "supcon"), lambda b, v, m, e: 4 * b * m["out_dim"]),
   **dict.fromkeys(("moco_v2", "finegrained"), lambda b, v, m, e: b * m["out_dim"]),
@@ -32,6 +33,7 @@ MOVED = {
   "moco_v3": lambda b, v, m, e: 2 * b * m["out_dim"],  # no gradient into keys
   "nnclr": lambda b, v, m, e: 5 * b * m["out_dim"],  # predictions, their gradient, the queue
   "w_mse": lambda b, v, m, e: 2 * v * b * m["out_dim"],
+  "dinov2": lambda b, v, m, e: 2 * v * b * m["dim"],  # KoLeo's class tokens and their gradient
   "swav": lambda b, v, m, e: 2 * b * m["out_dim"] * (m["queue_size"] > 0),
   "hybrid": lambda b, v, m, e: MOVED["simclr"](b, v, m["options"]["simclr"], e),
 }
@@ -46,6 +48,7 @@ SUMMED = {
   "lejepa": lambda b, v, m, e: v * m["num_directions"] * 2 * 17,  # cosines and sines at 17 points
   "dino": lambda b, v, m, e: m["num_prototypes"],
   "ibot": lambda b, v, m, e: 2 * m["num_prototypes"],
+  "dinov2": lambda b, v, m, e: 2 * 2 * m["num_prototypes"] * 3,  # Sinkhorn of class and patches
   "fusion": lambda b, v, m, e: v * e * m["out_dim"] ** 2,  # for batches above out_dim
   "hybrid": lambda b, v, m, e: SUMMED["vicreg"](b, v, m["options"]["vicreg"], e),
 }
@@ -86,7 +89,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
     make_train_step(experiment), state, abstract_batch(experiment)
   )
   p = watched.embeddings.shape[-1]
-  name, options = config.method.name, config.method.to_dict()
+  name, options = config.method.name, config.method.to_dict() | {"dim": watched.features.shape[-1]}
   e = sum(part.startswith("projector_") for part in state.params) or 1
   moved = MOVED.get(name, lambda *_: 0)(b, v, options, e)
   summed = SUMMED.get(name, lambda *_: 0)(b, v, options, e)

@@ -59,6 +59,15 @@ SMALL = {
     "method.tau": 0.99,
     "method.freeze_epochs": 0.5,
   },
+  "dinov2": {
+    **VIT,
+    "method.hidden_dim": 128,
+    "method.out_dim": 64,
+    "method.num_prototypes": 256,
+    "method.warmup_epochs": 2.0,
+    "method.tau": 0.99,
+    "method.freeze_epochs": 0.5,
+  },
   "mae": {
     **VIT,
     "global_views.count": 1,

@@ -120,6 +120,15 @@ METHODS = {
     "optim.clip_norm": 3.0,
     "optim.clip_each": True,
   },
+  "dinov2": {
+    **VIT,
+    **ASYMMETRIC,
+    "method.num_prototypes": 4096,
+    "method.warmup_epochs": 10.0,
+    "optim.weight_decay": 0.04,
+    "optim.final_weight_decay": 0.4,
+    "optim.clip_norm": 3.0,
+  },
   "mae": {**VIT, **PLAIN_VIEW, "method.decoder_dim": 192, "method.decoder_depth": 4},
   "ijepa": {
     **VIT,

@@ -74,3 +74,19 @@ def sigreg(z_BP: Array, key: Array, *, num_directions: int = 256) -> Array:
   imaginary_KT = jnp.mean(jnp.sin(angle_BKT), axis=0)
   statistic_K = b * jnp.sum((real_KT**2 + imaginary_KT**2) * weight_T[None, :], axis=1)
   return jnp.mean(statistic_K)
+
+
+def koleo(z_BP: Array) -> Array:
+  """KoLeo: minus the mean logarithm of the distance to the nearest neighbour on the unit sphere.
+
+  Sablayrolles et al. 2019, equation 2 (Kozachenko-Leonenko's estimate of the entropy); as the
+  official dinov2/loss/koleo_loss.py: 1e-8 is added to each difference, and to the distance.
+
+  Args:
+    z_BP: embeddings, any scale; two or more.
+  """
+  z_BP = normalise(z_BP)
+  same_BB = jnp.eye(len(z_BP), dtype=bool)
+  nearest_B = jnp.argmax(jnp.where(same_BB, -jnp.inf, exact_matmul(z_BP, z_BP.T)), axis=1)
+  distance_B = jnp.linalg.norm(z_BP - z_BP[nearest_B] + 1e-8, axis=1)
+  return -jnp.mean(jnp.log(distance_B + 1e-8))

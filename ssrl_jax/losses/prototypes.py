@@ -11,7 +11,12 @@ from ssrl_jax.method import Array
 
 
 def sinkhorn(
-  scores_NK: Array, *, eps: float, iterations: int = 3, others_QK: Array | None = None
+  scores_NK: Array,
+  *,
+  eps: Array | float,
+  iterations: int = 3,
+  others_QK: Array | None = None,
+  chosen_N: Array | None = None,
 ) -> Array:
   """Codes: assignments of N rows to K prototypes that use every prototype alike; rows sum to 1.
 
@@ -23,12 +28,14 @@ def sinkhorn(
     eps: entropy of the codes, > 0; 0.05 in the paper.
     iterations: 3 in the paper.
     others_QK: scores of a queue, which are to use the prototypes alike together with the batch's.
+    chosen_N: bool, the rows that count, one or more; None: all. What the others get means nothing.
   """
   # Not one array: the queue's rows would be dealt out to the devices among which the batch is cut.
   given = [scores_NK] if others_QK is None else [scores_NK, others_QK]
   parts = [x.astype(jnp.float32) / eps for x in given]
+  count = [None if chosen_N is None else chosen_N[:, None], None]
   for _ in range(iterations):
-    sums = [jax.nn.logsumexp(x, axis=0, keepdims=True) for x in parts]
+    sums = [jax.nn.logsumexp(x, 0, keepdims=True, where=w) for x, w in zip(parts, count)]
     parts = [x - functools.reduce(jnp.logaddexp, sums) for x in parts]
     parts = [x - jax.nn.logsumexp(x, axis=1, keepdims=True) for x in parts]
   return jnp.exp(parts[0])

@@ -6,6 +6,7 @@ from ssrl_jax.methods import (
   dcl,
   densecl,
   dino,
+  dinov2,
   finegrained,
   fusion,
   hybrid,
@@ -48,6 +49,7 @@ METHODS = {
   "swav": swav.make,
   "dino": dino.make,
   "ibot": ibot.make,
+  "dinov2": dinov2.make,
   # masked
   "mae": mae.make,
   "ijepa": ijepa.make,

@@ -10,6 +10,7 @@ from tests.numeric import differences
 coding_rate = jax.jit(distribution.coding_rate)
 variance_covariance = jax.jit(distribution.variance_covariance)
 sigreg = jax.jit(distribution.sigreg, static_argnames="num_directions")
+koleo = jax.jit(distribution.koleo)
 
 
 def coding_rate64(z, eps):
@@ -181,3 +182,27 @@ def test_value_and_gradient_stay_finite(name):
   value, gradient = value_and_grad(jnp.asarray(z, jnp.bfloat16))
   assert value.dtype == jnp.float32
   assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
+
+
+def test_koleo_is_the_official_loop():
+  """koleo_loss.py: the neighbour by the largest product, 1e-8 beside difference and distance."""
+  z = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+
+  def loop(z):
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    total = 0.0
+    for i, row in enumerate(z):
+      nearest = max((row @ other, j) for j, other in enumerate(z) if j != i)[1]
+      total -= np.log(np.sqrt(sum((row - z[nearest] + 1e-8) ** 2)) + 1e-8) / len(z)
+    return total
+
+  np.testing.assert_allclose(koleo(z), loop(z.astype(np.float64)), rtol=1e-5)
+  np.testing.assert_allclose(jax.grad(koleo)(z), differences(loop, z), rtol=2e-3, atol=1e-5)
+
+
+def test_koleo_by_hand_and_of_equal_rows():
+  z = np.array([[3, 0], [0, 1], [-1, 0]], np.float32)  # each sqrt(2) from its nearest
+  np.testing.assert_allclose(koleo(z), -np.log(np.sqrt(2)), rtol=1e-6)
+  value, gradient = jax.value_and_grad(koleo)(np.ones((4, 3), np.float32))
+  assert value > 15  # as far from spread as it can be
+  assert np.all(np.isfinite(gradient))

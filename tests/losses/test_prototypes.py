@@ -51,6 +51,13 @@ def test_sinkhorn_uses_every_prototype_alike():
   np.testing.assert_allclose(codes.sum(axis=0), 12 / 4, rtol=1e-4)
 
 
+def test_sinkhorn_of_chosen_rows_is_that_of_them_alone():
+  scores, chosen = scores_of(9, 4), np.array([1, 0, 1, 1, 0, 1, 0, 1, 1], bool)
+  codes = sinkhorn(scores, eps=0.3, chosen_N=chosen)
+  np.testing.assert_allclose(codes[chosen], sinkhorn(scores[chosen], eps=0.3), rtol=1e-5)
+  assert np.all(np.isfinite(codes))
+
+
 def test_sinkhorn_of_scores_that_overflow_exp_in_float32():
   scores = np.array([[20, 0, -20], [19, 3, 0], [18, -5, 7], [21, 20.5, 0]], np.float32)
   assert np.exp(np.float64(scores.max()) / 0.05) > np.finfo(np.float32).max

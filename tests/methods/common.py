@@ -26,6 +26,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   "lejepa local": ("lejepa", LOCAL),
   "swav": ("swav", {"method.queue_size": 0}),
   "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
+  "dinov2": ("dinov2", LOCAL),
   "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
   "moco_v3 vit": ("moco_v3", {**VIT, "method.predictor_norm": True}),
   "hybrid byol mae": (

@@ -7,7 +7,7 @@ from ssrl_jax.config import change, view_group
 from ssrl_jax.experiment import abstract_state, build
 from ssrl_jax.methods import METHODS
 
-WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "dino", "ibot"}
+WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "dino", "ibot", "dinov2"}
 QUEUES = ("moco_v2", "nnclr", "densecl", "finegrained", "swav")
 
 
@@ -47,7 +47,7 @@ def test_mask_ratio_is_a_fraction(ratio):
     make("ibot", {"method.mask_ratio": (0.1, ratio)})
 
 
-@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot"])
+@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot", "dinov2"])
 def test_masked_methods_need_a_vit(name):
   with pytest.raises(ValueError, match=rf"{name} hides patches .* encoder is a ResNet; set enc"):
     make(name, {"encoder.name": "resnet8"})
@@ -55,7 +55,7 @@ def test_masked_methods_need_a_vit(name):
     make(name, {"encoder.fusion.enabled": True})
 
 
-@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot"])
+@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot", "dinov2"])
 def test_image_must_be_whole_patches(name):
   with pytest.raises(ValueError, match=r"30 is not divisible by patch 4; nearest: 28 or 32"):
     abstract_state(make(name, {"global_views.size": 30}))

@@ -126,7 +126,8 @@ def test_encoder_may_need_randomness(name):
   assert jax.eval_shape(experiment.method.loss, *arguments)[0].shape == ()
 
 
-TARGETS = ("byol", "moco_v2", "moco_v3", "dino", "ibot", "ijepa", "densecl", "finegrained")
+DISTILLED = ("dino", "ibot", "dinov2", "ijepa")  # judged is the target
+TARGETS = ("byol", "moco_v2", "moco_v3", "densecl", "finegrained", *DISTILLED)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -151,7 +152,7 @@ def test_papers_that_judge_the_target_are_followed_and_the_others_judge_what_was
   state = abstract_state(experiment)
   judged = experiment.method.encoder.weights(state.params, state.method_state)
   trained = {"params": state.params, "batch_stats": state.method_state["batch_stats"]}
-  source = state.method_state["target"] if name in ("dino", "ibot", "ijepa") else trained
+  source = state.method_state["target"] if name in DISTILLED else trained
   assert judged["params"] is source["params"]["encoder"]
   assert judged["batch_stats"] == source["batch_stats"].get("encoder", {})
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssrl_jax.losses.distribution import koleo
 from ssrl_jax.method import Features, Run, ViewSpec, linear_warmup, normalise
 from ssrl_jax.methods import (
   barlow_twins,
@@ -18,6 +19,7 @@ from ssrl_jax.methods import (
   dcl,
   densecl,
   dino,
+  dinov2,
   finegrained,
   fusion,
   hybrid,
@@ -735,6 +737,55 @@ def test_ibot_adds_the_masked_patches_of_the_same_view(monkeypatch):
     mean = x.reshape(-1, K).mean(axis=0)
     after = 0.9 * centre[k] + 0.1 * mean
     np.testing.assert_allclose(aux.method_state["centre"][k], after, rtol=1e-4, atol=1e-6)
+
+
+def test_dinov2_is_dino_ibot_and_koleo(monkeypatch):
+  """ssl_meta_arch.py: Sinkhorn over all class tokens, over all masked patches, KoLeo in a view."""
+  rng, n = np.random.default_rng(0), 16
+  shape = {"class": (B, 2, K), "patches": (B, 2, n, K)}
+  student, teacher = (
+    {k: rng.normal(size=s).astype(np.float32) for k, s in shape.items()} for _ in range(2)
+  )
+  tokens = rng.normal(size=(B, 2, P)).astype(np.float32)
+  seen = {}
+
+  class Fake(nn.Module):
+    def __call__(self, images, train, mask_BN=None):
+      if mask_BN is not None:
+        seen["mask"] = np.asarray(mask_BN)
+      scores = teacher if mask_BN is None else student
+      fold = lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:])  # noqa: E731
+      return images[:, 0, 0], fold(tokens), fold(scores["patches"]), fold(scores["class"])
+
+    def score_patches(self, patches):
+      return patches
+
+  monkeypatch.setattr(dinov2, "check_vit", lambda name, encoder: 2)
+  monkeypatch.setattr(dinov2, "Network", lambda *a: Fake())
+  spec = ViewSpec("global", count=2, size=8)
+  weights = {"patch_weight": 0.7, "koleo_weight": 0.3}
+  method = dinov2.make(encoder=Given(), views=(spec,), run=RUN, **weights)
+  assert method.frozen == {"prototypes": 10, "patch_prototypes": 10}
+  given = {"global": rng.normal(size=(B, 2, 8, 8, 3)).astype(np.float32)}
+  value, aux = method.loss({}, {"batch_stats": {}, **target()}, given, jax.random.key(1), 0)
+  mask = seen["mask"].reshape(B, 2, n)
+  assert np.all(mask.any(axis=2).sum(axis=1) == 1)  # half of an image's views
+  assert 0 < mask.any(axis=2)[:, 0].sum() < B  # not always the same
+  assert len(set(mask.sum(axis=(1, 2)))) > 1
+  codes = sinkhorn64(teacher["class"].reshape(-1, K), 0.04).reshape(B, 2, K)
+  whole = 0.0
+  for i in range(B):
+    for v in range(2):
+      whole -= codes[i, v] @ log_softmax64(student["class"][i, 1 - v] / 0.1) / (2 * B)
+  places = np.argwhere(mask)
+  codes, patches = sinkhorn64(teacher["patches"][mask], 0.04), 0.0
+  for code, (i, v, place) in zip(codes, places, strict=True):
+    error = -code @ log_softmax64(student["patches"][i, v, place] / 0.1)
+    patches += error / mask[i, v].sum() / (2 * B)
+  spread = sum(float(koleo(tokens[:, v])) for v in range(2))
+  np.testing.assert_allclose(aux.metrics["class"], whole, rtol=1e-4)
+  np.testing.assert_allclose(aux.metrics["patches"], patches, rtol=1e-4)
+  np.testing.assert_allclose(value, whole + 0.7 * patches + 0.3 * spread, rtol=1e-4)
 
 
 # --- Pretext tasks and pieces.
