@@ -77,6 +77,14 @@ SMALL = {
     "method.decoder_depth": 2,
     "method.decoder_heads": 4,
   },
+  "simmim": {
+    **VIT,
+    "encoder.vit.pool": "mean",
+    "global_views.count": 1,
+    "global_views.jitter": 0.0,
+    "global_views.greyscale": 0.0,
+    "method.mask_size": 8,
+  },
   "ijepa": {
     **VIT,
     "encoder.vit.pool": "mean",

@@ -130,6 +130,7 @@ METHODS = {
     "optim.clip_norm": 3.0,
   },
   "mae": {**VIT, **PLAIN_VIEW, "method.decoder_dim": 192, "method.decoder_depth": 4},
+  "simmim": {**VIT, **PLAIN_VIEW, "encoder.vit.pool": "mean", "method.mask_size": 8},
   "ijepa": {
     **VIT,
     **PLAIN_VIEW,

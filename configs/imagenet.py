@@ -173,6 +173,16 @@ METHODS = {
     "optim.weight_decay": 0.05,
     "optim.warmup_epochs": 40.0,
   },
+  "simmim": {
+    **ADAMW,
+    **PLAIN_VIEW,
+    "global_views.area": (0.67, 1.0),
+    "encoder.name": "vit_b",
+    "encoder.vit.pool": "mean",
+    "optim.learning_rate": 5e-5,
+    "optim.weight_decay": 0.05,
+    "optim.warmup_epochs": 20.0,
+  },
   "ijepa": {
     **ADAMW,
     **PLAIN_VIEW,

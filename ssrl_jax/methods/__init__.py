@@ -20,6 +20,7 @@ from ssrl_jax.methods import (
   nnclr,
   rotation,
   simclr,
+  simmim,
   simsiam,
   supcon,
   supervised,
@@ -52,6 +53,7 @@ METHODS = {
   "dinov2": dinov2.make,
   # masked
   "mae": mae.make,
+  "simmim": simmim.make,
   "ijepa": ijepa.make,
   # dense
   "densecl": densecl.make,

@@ -27,6 +27,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   "swav": ("swav", {"method.queue_size": 0}),
   "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
   "dinov2": ("dinov2", LOCAL),
+  "simmim": ("simmim", {"method.mask_ratio": 0.25}),  # of noise only what it remembers is predicted
   "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
   "moco_v3 vit": ("moco_v3", {**VIT, "method.predictor_norm": True}),
   "hybrid byol mae": (

@@ -8,6 +8,7 @@ from ssrl_jax.experiment import abstract_state, build
 from ssrl_jax.methods import METHODS
 
 WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "dino", "ibot", "dinov2"}
+MASKED = ("mae", "simmim", "ijepa", "ibot", "dinov2")
 QUEUES = ("moco_v2", "nnclr", "densecl", "finegrained", "swav")
 
 
@@ -47,7 +48,7 @@ def test_mask_ratio_is_a_fraction(ratio):
     make("ibot", {"method.mask_ratio": (0.1, ratio)})
 
 
-@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot", "dinov2"])
+@pytest.mark.parametrize("name", MASKED)
 def test_masked_methods_need_a_vit(name):
   with pytest.raises(ValueError, match=rf"{name} hides patches .* encoder is a ResNet; set enc"):
     make(name, {"encoder.name": "resnet8"})
@@ -55,10 +56,16 @@ def test_masked_methods_need_a_vit(name):
     make(name, {"encoder.fusion.enabled": True})
 
 
-@pytest.mark.parametrize("name", ["mae", "ijepa", "ibot", "dinov2"])
+@pytest.mark.parametrize("name", MASKED)
 def test_image_must_be_whole_patches(name):
   with pytest.raises(ValueError, match=r"30 is not divisible by patch 4; nearest: 28 or 32"):
     abstract_state(make(name, {"global_views.size": 30}))
+
+
+@pytest.mark.parametrize("size", [2, 6, 12, 64])
+def test_masked_squares_must_fit(size):
+  with pytest.raises(ValueError, match=rf"mask_size {size} does not .*; these do: 4, 8, 16$"):
+    make("simmim", {"method.mask_size": size})
 
 
 @pytest.mark.parametrize("name", ["supcon", "supervised"])

@@ -33,6 +33,7 @@ from ssrl_jax.methods import (
   nnclr,
   rotation,
   simclr,
+  simmim,
   simsiam,
   supcon,
   supervised,
@@ -594,6 +595,36 @@ def test_mae_is_the_error_of_hidden_patches_only(monkeypatch):
         errors.append(np.mean((predicted[b, n] - patch) ** 2))
     assert len(errors) == 3 * 12
     np.testing.assert_allclose(value, np.mean(errors), rtol=1e-5)
+
+
+def test_simmim_is_the_absolute_error_of_the_masked_squares(monkeypatch):
+  """simmim.py: |x - x'| summed over masked pixels, over their number and that of channels."""
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(6, 1, 16, 16, 3)).astype(np.float32)
+  predicted = rng.normal(size=(6, 64, 12)).astype(np.float32)
+  seen = {}
+
+  class Fake(nn.Module):
+    def __call__(self, images, train, mask_BN):
+      seen["mask"] = np.asarray(mask_BN)
+      return images[:, 0, 0], jnp.asarray(predicted)
+
+  monkeypatch.setattr(simmim, "check_vit", lambda name, encoder: 2)
+  monkeypatch.setattr(simmim, "Network", lambda encoder: Fake())
+  spec = ViewSpec("global", count=1, size=16)
+  method = simmim.make(encoder=Given(), views=(spec,), run=RUN, mask_size=4)
+  value, _ = method.loss({}, {"batch_stats": {}}, {"global": images}, jax.random.key(0), 0)
+  total = pixels = 0.0
+  for b, mask in enumerate(seen["mask"].reshape(6, 8, 8)):
+    squares = mask.reshape(4, 2, 4, 2).transpose(0, 2, 1, 3).reshape(16, 4)
+    assert np.all(squares.any(axis=1) == squares.all(axis=1))  # 2 x 2 patches each
+    assert squares.all(axis=1).sum() == 10  # of 16, 0.6 rounded up
+    for r, c in np.argwhere(mask):
+      there = images[b, 0, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].reshape(-1)
+      total += np.sum(np.abs(predicted[b, 8 * r + c].astype(np.float64) - there))
+      pixels += 4
+  assert len({tuple(mask) for mask in seen["mask"]}) == 6
+  np.testing.assert_allclose(value, total / pixels / 3, rtol=1e-5)
 
 
 def test_ijepa_is_smooth_l1_to_normalised_features_of_the_target_blocks(monkeypatch):
