@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ssrl_jax.charts import INK, LINE, SERIES
 
 NOT_RUN = "not run"
-Record = dict[str, Any]  # see tables.measured
+Record = dict[str, Any]  # see table_runs.measured
 
 
 def write_table(stem: Path, record: Record, *, command: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ssrl_jax import tables
+from ssrl_jax import table_runs, tables
 from ssrl_jax.config import load_file
 from ssrl_jax.run_folder import alone_in
 from ssrl_jax.table import (
@@ -118,7 +118,7 @@ def test_every_training_and_judgement_is_run_once_and_never_again(tmp_path):
 
 def test_cells_hold_mean_and_deviation_gaps_are_seed_by_seed_and_claims_stand_beside(tmp_path):
   make(tmp_path, Stand_in())
-  record = tables.measured(TABLE, [tmp_path])
+  record = table_runs.measured(TABLE, [tmp_path])
   assert json.loads(json.dumps(record)) == record  # so that a file of it makes the same table
   text = tables.write_table(tmp_path / "linear", record, command="the command")
   deviation = statistics.stdev([50, 52, 57])
@@ -153,7 +153,7 @@ def test_results_are_what_their_record_makes(path):
 
 
 def test_what_was_not_run_is_said_and_an_unfinished_table_is_no_error(tmp_path):
-  record = tables.measured(TABLE, [tmp_path])
+  record = table_runs.measured(TABLE, [tmp_path])
   text = tables.write_table(tmp_path / "linear", record, command="c")
   assert "| fusion | 0 of 3 | not run | 77.8 | not run |" in text
   (panel, *_) = chart(record).axes
@@ -169,9 +169,9 @@ def test_parts_of_a_table_are_disjoint_and_merge_to_the_whole(tmp_path):
     done.append(stand_in)
   assert [kinds(s).count("main") for s in done] == [3, 2]
   folders = [tmp_path / "1", tmp_path / "2"]
-  assert tables.missing(TABLE, folders) == ([], [])
+  assert table_runs.missing(TABLE, folders) == ([], [])
   make(tmp_path / "whole", Stand_in())
-  assert tables.measured(TABLE, folders) == tables.measured(TABLE, [tmp_path / "whole"])
+  assert table_runs.measured(TABLE, folders) == table_runs.measured(TABLE, [tmp_path / "whole"])
 
 
 def test_all_tables_of_a_folder_are_shared_out_without_a_training_done_twice(tmp_path):
@@ -186,7 +186,7 @@ def test_all_tables_of_a_folder_are_shared_out_without_a_training_done_twice(tmp
     done.append(stand_in)
   assert [kinds(s).count("main") for s in done] == [3, 3]
   for table in several:
-    assert tables.missing(table, [tmp_path / "1", tmp_path / "2"]) == ([], [])
+    assert table_runs.missing(table, [tmp_path / "1", tmp_path / "2"]) == ([], [])
 
 
 def test_what_tables_have_cost_counts_what_they_share_once(tmp_path):
@@ -196,11 +196,11 @@ def test_what_tables_have_cost_counts_what_they_share_once(tmp_path):
   for path in tmp_path.glob("runs/*/judged/*.json"):
     path.with_name(f"{path.stem}-costs.json").write_text(json.dumps({"cpu_seconds": 360.0}))
   line = "trainings 1 CPU hours (of 5), evaluations 0.5 CPU hours (of 5)"
-  assert tables.spent([TABLE, TABLE._replace(rows=TABLE.rows[:2])], [tmp_path]) == line
+  assert table_runs.spent([TABLE, TABLE._replace(rows=TABLE.rows[:2])], [tmp_path]) == line
   next(tmp_path.glob("runs/*/judged/*-costs.json")).unlink()  # of before costs were kept
   some = "evaluations 0.4 CPU hours (known of 4, of 5)"
-  assert tables.spent([TABLE], [tmp_path]).endswith(some)
-  assert tables.spent([TABLE], [tmp_path / "none"]).startswith("trainings 0 CPU hours (of 0)")
+  assert table_runs.spent([TABLE], [tmp_path]).endswith(some)
+  assert table_runs.spent([TABLE], [tmp_path / "none"]).startswith("trainings 0 CPU hours (of 0)")
 
 
 def test_a_folder_is_all_of_its_tables(tmp_path):
@@ -217,7 +217,7 @@ def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
   assert all("-1: train failed with 1: error: out of luck" in line for line in failed)
   assert kinds(stand_in).count("evaluate") == 3
   assert make(tmp_path, Stand_in()) == []  # the same command does what is left
-  assert tables.missing(TABLE, [tmp_path]) == ([], [])
+  assert table_runs.missing(TABLE, [tmp_path]) == ([], [])
 
 
 INTERRUPTED = """
@@ -279,7 +279,7 @@ def test_divergence_is_counted_and_leaves_the_mean_alone(tmp_path):
   table = TABLE._replace(columns=(*TABLE.columns, Column("diverged", "run", "diverged", 2)))
   stand_in = Stand_in(diverges=lambda c: "--config.seed=2" in c)
   assert make(tmp_path, stand_in, table=table) == []
-  text = tables.write_table(tmp_path / "t", tables.measured(table, [tmp_path]), command="c")
+  text = tables.write_table(tmp_path / "t", table_runs.measured(table, [tmp_path]), command="c")
   assert "| fusion | 3 of 3 | 51.0 ± 1.4 (2) | 77.8 | 1.50 ± 0.00 (2) | 0.33 ± 0.58 |" in text
 
 
@@ -289,34 +289,34 @@ def test_divergence_on_another_machine_is_merged(tmp_path):
     stand_in = Stand_in(diverges=lambda c: "--config.seed=1" in c)
     make(tmp_path / str(i), stand_in, share=tables.share_of([table], f"{i}/2"), table=table)
   folders = [tmp_path / "1", tmp_path / "2"]
-  assert tables.missing(table, folders) == ([], [])
-  rows = tables.measured(table, folders)["rows"]
+  assert table_runs.missing(table, folders) == ([], [])
+  rows = table_runs.measured(table, folders)["rows"]
   assert [row["cells"]["diverged"].get("1") for row in rows[:2]] == [1.0, 1.0]
 
 
 def test_a_run_that_came_to_its_end_after_all_did_not_diverge(tmp_path):
   stand_in = Stand_in(diverges=lambda c: "--config.seed=2" in c)
   make(tmp_path, stand_in)
-  folder = tables.runs_of(TABLE)[2].folder([tmp_path])
-  assert tables.run_figures(folder) == {"diverged": 1.0}
+  folder = table_runs.runs_of(TABLE)[2].folder([tmp_path])
+  assert table_runs.run_figures(folder) == {"diverged": 1.0}
   record = {"wall_seconds": 60, "cpu_seconds": 60, "images_per_second": 1.0, "step": 8}
   (folder / "results.json").write_text(json.dumps(record))
-  assert tables.run_figures(folder)["diverged"] == 0
-  assert [run.seed for run, _, _ in tables.missing(TABLE, [tmp_path])[1]] == [2]
+  assert table_runs.run_figures(folder)["diverged"] == 0
+  assert [run.seed for run, _, _ in table_runs.missing(TABLE, [tmp_path])[1]] == [2]
 
 
 def test_a_judgement_that_was_cut_short_is_made_again(tmp_path):
   """Figures are kept a protocol at a time, so a file may hold some of a judge's only."""
   judge = Judge("knn,linear")
   both = TABLE._replace(judges={"frozen": judge})
-  run = tables.runs_of(both)[0]
+  run = table_runs.runs_of(both)[0]
   folder = run.folder([tmp_path])
-  out = tables.judged_file(run, "frozen", judge, [tmp_path])
+  out = table_runs.judged_file(run, "frozen", judge, [tmp_path])
   out.parent.mkdir(parents=True)
   (folder / "results.json").write_text("{}")
   for figures, left in (({"knn/a": 1}, True), ({"knn/a": 1, "linear/a": 1}, False)):
     out.write_text(json.dumps({"results": dict.fromkeys(("trained", "raw_pixels"), figures)}))
-    assert (run in [r for r, _, _ in tables.missing(both, [tmp_path])[1]]) == left
+    assert (run in [r for r, _, _ in table_runs.missing(both, [tmp_path])[1]]) == left
 
 
 def test_what_compares_two_runs_waits_for_the_other(tmp_path):
@@ -344,7 +344,7 @@ def test_other_options_are_judged_anew_and_do_not_replace_the_first(tmp_path):
   stand_in = Stand_in()
   make(tmp_path, stand_in, table=other)
   assert kinds(stand_in) == ["evaluate"] * 5
-  assert tables.missing(TABLE, [tmp_path]) == ([], [])
+  assert table_runs.missing(TABLE, [tmp_path]) == ([], [])
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -358,7 +358,7 @@ def test_every_table_file_names_only_what_exists(path, budget):
 
 def test_data_sets_may_lie_anywhere_without_another_name():
   training = Training(SMOKE, {"data.source": "folder:{data}/set"})
-  command = tables.train_command(tables.Run(training, 0, ()), Path("run"), "/mnt/x")
+  command = tables.train_command(table_runs.Run(training, 0, ()), Path("run"), "/mnt/x")
   assert "--config.data.source=folder:/mnt/x/set" in command
   assert "mnt" not in training.name
 
@@ -465,7 +465,7 @@ def test_runs_of_a_recipe_that_was_changed_since_are_refused(tmp_path, capsys):
   (tmp_path / "real.py").write_text(REAL)
   argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path}", "--report"]
   _, table = load_table(argv[1].removeprefix("--table="))
-  (run, *_) = tables.runs_of(table)
+  (run, *_) = table_runs.runs_of(table)
   config = resolve(run.training)
   config.data.source, config.seed, config.evaluate.evals = "folder:/elsewhere", 7, ""
   del config.guard.keep  # a knob that an older version did not have
@@ -495,7 +495,7 @@ def test_runs_that_are_older_than_a_knob_that_the_recipe_turns_are_refused(tmp_p
   (tmp_path / "real.py").write_text(REAL.replace(":simclr", ":fusion"))
   argv = ["tables", f"--table={tmp_path / 'real.py'}", f"--workdir={tmp_path}", "--report"]
   _, table = load_table(argv[1].removeprefix("--table="))
-  (run, *_) = tables.runs_of(table)
+  (run, *_) = table_runs.runs_of(table)
   config = resolve(run.training)
   del config.method.place_weight, config.method.place_grid
   path = run.folder([tmp_path]) / "config.json"
@@ -506,7 +506,7 @@ def test_runs_that_are_older_than_a_knob_that_the_recipe_turns_are_refused(tmp_p
 
 
 def test_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):
-  run = tables.runs_of(TABLE)[0]
+  run = table_runs.runs_of(TABLE)[0]
   folder, lock, lines = run.folder([tmp_path]), contextlib.ExitStack(), []
   lock.enter_context(alone_in(folder))
 
@@ -583,12 +583,12 @@ def test_pictures_that_are_not_there_are_all_named_before_anything_is_trained(
 def test_pictures_of_what_is_done_need_not_be_there(tmp_path):
   (tmp_path / "needs.py").write_text(NEEDS_DATA)
   _, table = load_table(str(tmp_path / "needs.py"))
-  for run in tables.runs_of(table):
+  for run in table_runs.runs_of(table):
     folder = run.folder([tmp_path])
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("{}")
     for key, figure in (("near", "knn/accuracy"), ("boxes", "detection/AP")):
-      path = tables.judged_file(run, key, table.judges[key], [tmp_path])
+      path = table_runs.judged_file(run, key, table.judges[key], [tmp_path])
       path.parent.mkdir(exist_ok=True)
       path.write_text(json.dumps({"results": {"trained": {figure: 1.0}}}))
   share = tables.share_of([table], "1/1")
@@ -623,14 +623,14 @@ def test_plan_of_a_share_is_of_that_share(tmp_path, capsys):
 def test_what_a_copy_of_a_run_was_judged_by_counts(tmp_path):
   """Merged: trained in one folder, copied to another and judged there."""
   judge, first, second = TABLE.judges["frozen"], tmp_path / "a", tmp_path / "b"
-  run = tables.runs_of(TABLE)[0]
+  run = table_runs.runs_of(TABLE)[0]
   for folder in (run.folder([first]), run.folder([second])):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text('{"state_digest": "x"}')
-  out = tables.judged_file(run, "frozen", judge, [second])
+  out = table_runs.judged_file(run, "frozen", judge, [second])
   out.parent.mkdir()
   out.write_text(json.dumps({"results": {}}))
-  assert tables.judged_file(run, "frozen", judge, [first, second]) == out
+  assert table_runs.judged_file(run, "frozen", judge, [first, second]) == out
   assert run.folder([first, second]) == run.folder([first])
   (run.folder([second]) / "results.json").write_text('{"state_digest": "y"}')  # another training
-  assert tables.judged_file(run, "frozen", judge, [first, second]) != out
+  assert table_runs.judged_file(run, "frozen", judge, [first, second]) != out

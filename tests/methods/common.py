@@ -10,7 +10,7 @@ import numpy as np
 
 from configs import smoke
 from ssrl_jax.config import view_group
-from ssrl_jax.experiment import build, init_state
+from ssrl_jax.experiment import abstract_state, build, init_state
 from ssrl_jax.method import box_name
 from ssrl_jax.methods import METHODS
 from ssrl_jax.state import TrainState, named_leaves
@@ -171,6 +171,16 @@ def random_like(tree):
     return many.astype(np.float32)
 
   return jax.tree.map(draw, tree)
+
+
+def random_state(experiment) -> TrainState:
+  """As `make_state`, but drawn at random: a compiled init takes a second."""
+  shapes = abstract_state(experiment)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes._replace(key=()))
+  trees = zeros.params, zeros.method_state
+  choose = lambda x, zero: x if zero.dtype == np.float32 else zero  # noqa: E731
+  params, method_state = jax.tree.map(choose, random_like(trees), trees)
+  return zeros._replace(params=params, method_state=method_state, key=jax.random.key(0))
 
 
 def random_inputs(method, batch_size=BATCH):

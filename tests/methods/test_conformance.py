@@ -29,6 +29,7 @@ from tests.methods.common import (
   make_experiment,
   make_state,
   make_views,
+  random_state,
 )
 from tests.numeric import lapack_shapes
 
@@ -134,7 +135,7 @@ TARGETS = ("byol", "moco_v2", "moco_v3", "densecl", "finegrained", *DISTILLED)
 def test_target_s_blocks_are_not_dropped(name):
   """As of the teachers of DINO and iBOT, which are built without drop path."""
   experiment = make_experiment(name, RANDOM_DEPTH | {"encoder.vit.drop_path": 0.5})
-  state, views = make_state(experiment), make_views(experiment)
+  state, views = random_state(experiment), make_views(experiment)
 
   @jax.jit
   def outputs(key):
@@ -199,7 +200,7 @@ def test_compiled_and_plain_loss_agree(case):
 def test_as_users_compile_it_the_loss_is_what_it_is_here(name):
   """conftest.py turns the compiler's effort down; here a ResNet's and a ViT's have it in full."""
   experiment = make_experiment(*CASES[name])
-  state, views = make_state(experiment), make_views(experiment)
+  state, views = random_state(experiment), make_views(experiment)
   inputs = state.params, state.method_state, views, jax.random.key(7), state.step
   inputs = placed(inputs, num_devices=8)
   by_default = loss_and_gradients(experiment.method, inputs, compiler_options=DEFAULT_EFFORT)

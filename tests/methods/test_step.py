@@ -17,10 +17,13 @@ from tests.methods.common import (
   make_experiment,
   make_state,
   make_views,
+  random_state,
 )
 
 # Crop and flip only: the views have tests of their own, and their colours compile slowly.
 PLAIN_VIEWS = {f"global_views.{name}": 0.0 for name in ("jitter", "greyscale")}
+
+HYBRID = {name: {"hidden_dim": 8, "out_dim": 4} for name in ("moco_v3", "simclr")}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -29,7 +32,7 @@ def stepped(request):
   experiment = make_experiment(request.param, {"encoder.dtype": "bfloat16", **PLAIN_VIEWS})
   step = jax.jit(make_train_step(experiment))
   # On its device for good, as what a checkpoint restores is: so the step is compiled once.
-  start = jax.device_put(make_state(experiment), jax.devices()[0])
+  start = jax.device_put(random_state(experiment), jax.devices()[0])
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8),
@@ -90,7 +93,7 @@ def test_resumed_step_gives_the_same_bytes(stepped, tmp_path):
     ("moco_v3", {}),
     ("moco_v3", {"encoder.fusion.enabled": True}),
     ("moco_v3", {"encoder.fusion.enabled": True, "encoder.attention.enabled": True}),
-    ("hybrid", {"method.terms": ("moco_v3", "simclr"), "method.options": {}}),
+    ("hybrid", {"method.terms": ("moco_v3", "simclr"), "method.options": HYBRID}),
   ],
   ids=["vit", "vit within fusion", "vit within both", "term of hybrid"],
 )
@@ -98,7 +101,7 @@ def test_moco_v3_leaves_the_patch_projection_as_it_is(method, changes):
   """Section 4.2 of its paper: no decay and no LARS on it either."""
   optim = {"optim.name": "larc", "optim.weight_decay": 0.1, "optim.warmup_epochs": 0.0}
   experiment = make_experiment(method, {**VIT, **optim, **changes})
-  params = make_state(experiment).params
+  params = random_state(experiment).params
   opt_state, after = experiment.optimizer.init(params), params
   for _ in range(2):
     gradients = jax.tree.map(jnp.ones_like, params)
@@ -127,7 +130,7 @@ def test_targets_of_a_hybrid_pass_by_what_another_term_adds_to_the_encoder():
 def test_no_gradient_of_what_is_never_trained():
   """So it counts in no norm, and is not sent between devices (tests/test_collectives.py)."""
   experiment = make_experiment("moco_v3", VIT)
-  state, views = make_state(experiment), make_views(experiment)
+  state, views = random_state(experiment), make_views(experiment)
   inputs = state.params, state.method_state, views, state.key, state.step
   whole, kept = (
     dict(named_leaves(jax.jit(jax.grad(loss, has_aux=True))(*inputs)[0]))
