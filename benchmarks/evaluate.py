@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.common import write_results
 from ssrl_jax import parallel
-from ssrl_jax.evaluate import knn, linear
+from ssrl_jax.evaluate import knn, linear_fit
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.method import apply_encoder
 from ssrl_jax.models import ENCODERS
@@ -105,7 +105,9 @@ def measure_linear(settings: int, *, train: int, dim: int, classes: int, epochs:
   options = {"num_classes": classes, "epochs": epochs, "batch_size": 256, "seed": 0}
 
   def call():
-    jax.block_until_ready(linear.fit_heads(x, label, pairs, mesh=parallel.make_mesh(), **options))
+    jax.block_until_ready(
+      linear_fit.fit_heads(x, label, pairs, mesh=parallel.make_mesh(), **options)
+    )
 
   took = time_twice(call, call)
   size = f"{settings} settings, {train} x {dim}, {classes} classes, {epochs} epochs"

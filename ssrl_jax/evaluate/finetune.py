@@ -17,7 +17,7 @@ import optax
 
 from ssrl_jax.data.sources import labels_of
 from ssrl_jax.evaluate import labels as label_choice
-from ssrl_jax.evaluate import linear
+from ssrl_jax.evaluate import linear, linear_fit
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.evaluate.fit import fit
 from ssrl_jax.evaluate.pictures import classify, crop_and_flip, training_batches
@@ -139,7 +139,7 @@ def run(
     images = crop_and_flip(evaluation, view_key, batch, smallest_crop=smallest_crop)
     weights = {"params": params["encoder"], "batch_stats": stats}
     features, stats = evaluation.apply(weights, images, True, dropout_key)
-    logits_BK = linear.apply(_rows(params["head"]), features.pooled.astype(jnp.float32))
+    logits_BK = linear_fit.apply(_rows(params["head"]), features.pooled.astype(jnp.float32))
     return jnp.mean(per_picture(logits_BK, batch["label"])), stats
 
   params, stats = fit(
@@ -159,7 +159,7 @@ def run(
   return {f"finetune/{name}": value for name, value in figures.items()}
 
 
-def _rows(head: dict[str, Array]) -> linear.Head:
+def _rows(head: dict[str, Array]) -> linear_fit.Head:
   return head | {"bias": head["bias"][None]}
 
 

@@ -2,31 +2,24 @@
 
 A grid of learning rates and weight decays is trained at once, by vmap, on a part of the training
 pictures, for each kind of vector asked for; the setting that is best on the held-out rest is
-trained again on all of them and sees the test pictures once. Features are standardised with the
-training pictures' mean and deviation, so one grid serves encoders of any scale (MAE's probe puts a
-BatchNorm without scale there, to that end).
+trained again on all of them and sees the test pictures once. Where a training is long, settings
+drop out of that search while it goes on (`race`). Features are standardised with the training
+pictures' mean and deviation, so one grid serves encoders of any scale (MAE's probe puts a BatchNorm
+without scale there, to that end).
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet
 from ssrl_jax.evaluate.knn import TOP5_CLASSES, top_accuracy
-from ssrl_jax.method import Array
-from ssrl_jax.parallel import cut_rows
-
-Head = dict[str, Array]  # kernel float32 [D, K], bias [1, K]
+from ssrl_jax.evaluate.linear_fit import Head, apply, fit_heads, race, search_to_the_end, unstack
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
@@ -53,7 +46,7 @@ def run(
   learning_rates: Sequence[float] = LEARNING_RATES,
   weight_decays: Sequence[float] = WEIGHT_DECAYS,
   epochs: int = 50,
-  search_epochs: int = 0,
+  race_above: int = 2000,
   batch_size: int = 256,
   held_out: float = 0.1,
   seed: int = 0,
@@ -68,8 +61,8 @@ def run(
   Returns:
     linear/accuracy: percent of the test pictures, of the setting that the held-out pictures chose.
     linear/top5: percent whose class is among the five likeliest; with 20 classes or more.
-    linear/held_out_accuracy: percent of the held-out training pictures, of that setting: a maximum
-      over the grid, so it flatters a little; where there was more than one setting.
+    linear/held_out_accuracy: percent of the held-out training pictures, of that setting when it was
+      chosen: a maximum over the grid, so it flatters a little; where there was more than one.
     linear/learning_rate, linear/weight_decay: of that setting.
     linear/kind: of that setting, as its place in `evaluation.kinds()`, 0 being "pooled"; where
       there was a choice, the log has its name.
@@ -77,7 +70,7 @@ def run(
   """
   probe = fit_probe(
     evaluation, kinds=kinds, learning_rates=learning_rates, weight_decays=weight_decays,
-    epochs=epochs, search_epochs=search_epochs, batch_size=batch_size, held_out=held_out, seed=seed,
+    epochs=epochs, race_above=race_above, batch_size=batch_size, held_out=held_out, seed=seed,
   )  # fmt: skip
   warn_at_edge("linear probe", "learning_rates", probe.figures["learning_rate"], learning_rates)
   warn_at_edge("linear probe", "weight_decays", probe.figures["weight_decay"], weight_decays)
@@ -95,7 +88,7 @@ def fit_probe(
   learning_rates: Sequence[float] = LEARNING_RATES,
   weight_decays: Sequence[float] = WEIGHT_DECAYS,
   epochs: int = 50,
-  search_epochs: int = 0,
+  race_above: int = 2000,
   batch_size: int = 256,
   held_out: float = 0.1,
   seed: int = 0,
@@ -108,8 +101,8 @@ def fit_probe(
     learning_rates: at the start, for this batch size.
     weight_decays: of the kernel.
     epochs, batch_size: of every training.
-    search_epochs: of the trainings that choose; 0: as many. A fifth makes a grid cheap, and its
-      choice less sure.
+    race_above: steps of a training from which on the search is a `race`: cheaper, and its choice
+      a little less sure.
     held_out: share of each class that chooses; not used where there is only one setting.
     seed: of the held-out part and of the order.
     ids: of the training pictures to use; None: all that have a label.
@@ -132,8 +125,10 @@ def fit_probe(
       train = training_rows(evaluation, kind, ids)
       kept, held = split_held_out(train.labels, held_out, seed=seed)
       part, rest = standardise(train.features[kept], train.features[held])
-      heads = fit_heads(part, train.labels[kept], pairs, epochs=search_epochs or epochs, **options)
-      best, accuracy = choose(heads, rest, train.labels[held])
+      data = part, train.labels[kept], rest, train.labels[held]
+      steps = epochs * (len(kept) // min(batch_size, len(kept)))
+      search = race if steps > race_above else search_to_the_end
+      best, accuracy = search(*data, pairs, epochs=epochs, **options)
       found.append((accuracy, kind, pairs[best]))
     accuracy, kind, pair = max(found, key=lambda x: x[0])  # of equals the earlier kind
     figures = {"held_out_accuracy": accuracy}
@@ -222,102 +217,6 @@ def moments(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   std = np.std(x_ND, axis=0, keepdims=True, dtype=np.float64)
   std = np.where(std > 1e-6 * np.abs(mean) + 1e-12, std, np.inf)
   return mean.astype(np.float32), std.astype(np.float32)
-
-
-def fit_heads(
-  x_ND: np.ndarray,
-  label_N: np.ndarray,
-  pairs: Sequence[tuple[float, float]],
-  *,
-  num_classes: int,
-  epochs: int,
-  batch_size: int,
-  seed: int,
-  mesh: Mesh | None = None,
-) -> Head:
-  """One head for each (learning rate, weight decay), stacked: kernel [G, D, K], bias [G, 1, K].
-
-  All see the same batches: shuffled anew each epoch, the uneven rest of an epoch being left out
-  that time. SGD with Nesterov momentum 0.9, cosine to zero, weight decay on the kernel only. With a
-  mesh, its devices share the heads.
-  """
-  batch_size = min(batch_size, len(label_N))
-  pairs_G2 = np.asarray(pairs, np.float32)
-  if mesh is not None and len(pairs) > 1:  # a few heads twice, so that all devices have as many
-    pairs_G2 = np.resize(pairs_G2, (-(-len(pairs) // mesh.size) * mesh.size, 2))
-  g, d = len(pairs_G2), x_ND.shape[1]
-  heads = {
-    "kernel": np.zeros((g, d, num_classes), np.float32),
-    "bias": np.zeros((g, 1, num_classes), np.float32),
-  }
-  heads, *rates = jax.tree.map(lambda x: cut_rows(x, mesh), (heads, *pairs_G2.T))
-  options = {"epochs": epochs, "batch_size": batch_size}
-  heads = _fit(heads, x_ND, label_N, *rates, np.uint32(seed), **options)
-  return {name: x[: len(pairs)] for name, x in heads.items()}
-
-
-@functools.partial(jax.jit, static_argnames=("epochs", "batch_size"))
-def _fit(heads, x_ND, label_N, learning_rate_G, weight_decay_G, seed, *, epochs, batch_size):
-  key = jax.random.key(seed)
-  steps = x_ND.shape[0] // batch_size
-
-  def optimizer(learning_rate, weight_decay):
-    schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps)
-    decay = optax.add_decayed_weights(weight_decay, mask={"kernel": True, "bias": False})
-    return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
-
-  def loss(head, x_BD, label_B):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(apply(head, x_BD), label_B))
-
-  def update(head, opt_state, learning_rate, weight_decay, x_BD, label_B):
-    grads = jax.grad(loss)(head, x_BD, label_B)
-    updates, opt_state = optimizer(learning_rate, weight_decay).update(grads, opt_state, head)
-    return optax.apply_updates(head, updates), opt_state
-
-  def step(carry, row_B):
-    batch = (x_ND[row_B], label_N[row_B])
-    grid = jax.vmap(update, in_axes=(0, 0, 0, 0, None, None))
-    return grid(*carry, learning_rate_G, weight_decay_G, *batch), None
-
-  def epoch(carry, key):
-    rows = jax.random.permutation(key, x_ND.shape[0])[: steps * batch_size]
-    return jax.lax.scan(step, carry, rows.reshape(steps, batch_size))
-
-  opt_state = jax.vmap(lambda h, r, w: optimizer(r, w).init(h))(
-    heads, learning_rate_G, weight_decay_G
-  )
-  (heads, _), _ = jax.lax.scan(epoch, (heads, opt_state), jax.random.split(key, epochs))
-  return heads
-
-
-def apply(head: Head, x_BD: Array | np.ndarray) -> Array:
-  """Logits [B, K]."""
-  logits_BK = jnp.matmul(x_BD, head["kernel"], precision=jax.lax.Precision.HIGHEST)
-  return logits_BK + head["bias"]
-
-
-def unstack(heads: Head) -> list[Head]:
-  return [{k: v[i] for k, v in heads.items()} for i in range(len(heads["bias"]))]
-
-
-def choose(heads: Head, x_ND: np.ndarray, label_N: np.ndarray) -> tuple[int, float]:
-  """Index of the head with the best accuracy, of equals the lower loss; its accuracy in percent.
-
-  A head that diverged is never chosen.
-
-  Raises:
-    FloatingPointError: all diverged.
-  """
-  scores = []
-  for i, head in enumerate(unstack(heads)):
-    logits = apply(head, x_ND)
-    loss = float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label_N)))
-    if np.isfinite(loss):
-      scores.append((top_accuracy(np.asarray(logits), label_N, 1), -loss, i))
-  if not scores:
-    raise FloatingPointError("the linear probe diverged for every learning rate; add lower ones")
-  accuracy, _, best = max(scores)
-  return best, accuracy
 
 
 def warn_at_edge(what: str, name: str, value: float, grid: Sequence[float]) -> None:

@@ -17,6 +17,7 @@ import optax
 from ssrl_jax.evaluate import linear
 from ssrl_jax.evaluate.features import Evaluation
 from ssrl_jax.evaluate.fit import fit
+from ssrl_jax.evaluate.linear_fit import Head, apply, ranking, unstack
 from ssrl_jax.evaluate.pictures import crop_and_flip, training_batches
 from ssrl_jax.optim import cosine
 
@@ -75,9 +76,9 @@ def run(
     epochs=epochs, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay,
     smallest_crop=smallest_crop, seed=seed,
   )  # fmt: skip
-  best, accuracy = linear.choose(heads, train.features[held], train.labels[held])
+  accuracy, _, best = ranking(heads, train.features[held], train.labels[held])[0]
   test, test_unlabelled = evaluation.labelled("test")
-  logits = np.asarray(linear.apply(linear.unstack(heads)[best], test.features))
+  logits = np.asarray(apply(unstack(heads)[best], test.features))
   figures = linear.accuracies(logits, test.labels)
   if len(learning_rates) > 1:
     figures["held_out_accuracy"] = accuracy
@@ -99,7 +100,7 @@ def fit_heads(
   weight_decay: float,
   smallest_crop: float,
   seed: int,
-) -> linear.Head:
+) -> Head:
   """One head for each rate, stacked: kernel float32 [G, D, K], bias [G, 1, K]; zero at the start.
 
   A head is what it would be alone: the loss is the sum of theirs, and they share nothing else.
@@ -113,7 +114,7 @@ def fit_heads(
     images = crop_and_flip(evaluation, key, batch, smallest_crop=smallest_crop)
     features, _ = evaluation.apply(weights, images, False, None)
     x_BD = jax.lax.stop_gradient(features.pooled.astype(jnp.float32))
-    logits_GBK = jax.vmap(linear.apply, in_axes=(0, None))(heads, x_BD)
+    logits_GBK = jax.vmap(apply, in_axes=(0, None))(heads, x_BD)
     label_GB = jnp.broadcast_to(batch["label"], logits_GBK.shape[:2])
     losses_GB = optax.softmax_cross_entropy_with_integer_labels(logits_GBK, label_GB)
     return jnp.sum(jnp.mean(losses_GB, axis=1)), weights

@@ -13,8 +13,8 @@ from ssrl_jax.data.batches import Batches
 from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.data.sources import Part, Source
 from ssrl_jax.evaluate.features import Apply, Evaluation, FeatureSet
-from ssrl_jax.evaluate.linear import Head
-from ssrl_jax.evaluate.linear import apply as apply_head
+from ssrl_jax.evaluate.linear_fit import Head
+from ssrl_jax.evaluate.linear_fit import apply as apply_head
 from ssrl_jax.method import Array, Features, ViewSpec
 from ssrl_jax.views import make_views
 

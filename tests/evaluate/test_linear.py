@@ -1,7 +1,5 @@
 import dataclasses
-import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -10,7 +8,6 @@ from ssrl_jax import parallel
 from ssrl_jax.evaluate import linear
 from ssrl_jax.evaluate.features import Evaluation, FeatureSet, raw_pixels
 from ssrl_jax.method import Features
-from ssrl_jax.parallel import make_mesh
 
 UNUSED_VIEW = {"canvas": 1, "size": 1, "crop": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
 QUICK = {"learning_rates": (0.003, 0.03, 0.3), "weight_decays": (0.0, 1e-2), "epochs": 15,
@@ -77,64 +74,6 @@ def test_choice_does_not_see_the_test_pictures(noisy):
   assert wrong["linear/accuracy"] < figures["linear/accuracy"] - 30
   for name in ("linear/learning_rate", "linear/weight_decay", "linear/held_out_accuracy"):
     assert wrong[name] == figures[name]
-
-
-def test_grid_is_the_same_as_one_by_one():
-  x, y = clusters(300)
-  x, _ = linear.standardise(x, x)
-  pairs = list(itertools.product((0.003, 0.3), (0.0, 1e-2)))
-  options = {"num_classes": 5, "epochs": 3, "batch_size": 64, "seed": 1}
-  together = linear.unstack(linear.fit_heads(x, y, pairs, **options))
-  for pair, head in zip(pairs, together):
-    (alone,) = linear.unstack(linear.fit_heads(x, y, [pair], **options))
-    np.testing.assert_allclose(head["kernel"], alone["kernel"], atol=1e-5)
-    np.testing.assert_allclose(head["bias"], alone["bias"], atol=1e-5)
-  assert np.abs(together[2]["kernel"] - together[3]["kernel"]).max() > 1e-4  # decay acts
-
-
-def test_devices_share_the_grid_and_change_nothing():
-  x, y = clusters(300)
-  x, _ = linear.standardise(x, x)
-  pairs = list(itertools.product((0.003, 0.1, 0.3), (0.0, 1e-4, 1e-2)))  # 9 pairs for 8 devices
-  options = {"num_classes": 5, "epochs": 3, "batch_size": 64, "seed": 1}
-  alone = linear.fit_heads(x, y, pairs, **options)
-  shared = linear.fit_heads(x, y, pairs, mesh=make_mesh(8), **options)
-  assert shared["kernel"].shape == alone["kernel"].shape
-  for name in alone:
-    np.testing.assert_allclose(shared[name], alone[name], atol=1e-5)
-
-
-def test_fit_of_one_full_batch_is_nesterov_with_cosine_in_float64():
-  x, y = clusters(40, dim=3, num_classes=3)
-  x, _ = linear.standardise(x, x)
-  lr, wd, epochs = 0.1, 0.05, 4
-  (head,) = linear.unstack(
-    linear.fit_heads(x, y, [(lr, wd)], num_classes=3, epochs=epochs, batch_size=40, seed=0)
-  )
-  x, w, b = x.astype(np.float64), np.zeros((3, 3)), np.zeros((1, 3))
-  m_w, m_b = np.zeros((3, 3)), np.zeros((1, 3))
-  for t in range(epochs):
-    p = np.exp(x @ w + b)
-    error = p / p.sum(1, keepdims=True) - np.eye(3)[y]
-    g_w, g_b = x.T @ error / 40 + wd * w, error.mean(0, keepdims=True)
-    m_w, m_b = 0.9 * m_w + g_w, 0.9 * m_b + g_b
-    rate = lr * (1 + np.cos(np.pi * t / epochs)) / 2
-    w, b = w - rate * (g_w + 0.9 * m_w), b - rate * (g_b + 0.9 * m_b)
-  np.testing.assert_allclose(head["kernel"], w, atol=1e-5)
-  np.testing.assert_allclose(head["bias"], b, atol=1e-5)
-
-
-def test_choose_prefers_accuracy_then_loss_and_no_head_that_diverged():
-  x, y = np.array([[1.0], [-1.0]], np.float32), np.array([0, 1])
-  kernels = jnp.array([[[jnp.nan, 0]], [[-9.0, 0]], [[0.1, 0]], [[5.0, 0]], [[2.0, 0]]])
-  heads = {"kernel": kernels, "bias": jnp.zeros((5, 1, 2))}
-  assert linear.choose(heads, x, y) == (3, 100.0)
-
-
-def test_choose_among_diverged_heads_is_an_error():
-  heads = {"kernel": jnp.full((2, 1, 2), jnp.nan), "bias": jnp.zeros((2, 1, 2))}
-  with pytest.raises(FloatingPointError, match="add lower ones"):
-    linear.choose(heads, np.ones((2, 1), np.float32), np.array([0, 1]))
 
 
 def test_rate_at_the_edge_of_the_grid_is_said(caplog):
@@ -262,15 +201,17 @@ def test_one_setting_that_diverged_is_an_error_and_no_accuracy():
     linear.run(judge(train, test, 5), learning_rates=(1000.0,), weight_decays=(1.0,), epochs=50)
 
 
-def test_a_short_search_chooses_and_the_chosen_one_is_trained_in_full(noisy, monkeypatch):
+def test_a_long_search_is_a_race_and_the_winner_is_trained_in_full(noisy, monkeypatch):
   train, test, figures = noisy
   fits, fit_heads = [], linear.fit_heads
 
   def record(x, y, pairs, *, epochs, **options):
-    fits.append((len(pairs), epochs))
+    fits.append((len(x), len(pairs), epochs))
     return fit_heads(x, y, pairs, epochs=epochs, **options)
 
   monkeypatch.setattr(linear, "fit_heads", record)
-  short = linear.run(judge(train, test, 5), **QUICK, search_epochs=3)
-  assert fits == [(6, 3), (1, 15)]
-  assert short["linear/accuracy"] == pytest.approx(figures["linear/accuracy"], abs=3)
+  steps = 15 * (1798 // 64)
+  raced = linear.run(judge(train, test, 5), **QUICK, race_above=steps - 1)
+  assert fits == [(2000, 1, 15)]
+  assert raced["linear/accuracy"] == pytest.approx(figures["linear/accuracy"], abs=3)
+  assert linear.run(judge(train, test, 5), **QUICK, race_above=steps) == figures
