@@ -1,6 +1,6 @@
-"""What a race of settings loses to a whole search for the linear probe, on encoders of trained runs.
+"""What a race of the linear probe's settings loses to a whole search, on encoders of trained runs.
 
-python -m benchmarks.linear_search --runs='runs/tables/runs/cifar10_cpu-*-0' [--data=folder:DIR]
+python -m benchmarks.linear_search --runs='runs/a,runs/tables/runs/*-byol-*' [--data=folder:DIR]
   [--num_train=0] [--epochs=20,50] [--name=linear_search]
 
 For each run and number of epochs: test accuracy by the setting that a race chose, and by the one
@@ -52,14 +52,14 @@ def measure(name: str, evaluation: Evaluation, *, epochs: int) -> list[dict[str,
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--runs", required=True, help="glob of folders of runs")
+  parser.add_argument("--runs", required=True, help="folders of runs or globs of them")
   parser.add_argument("--data", default="", help="their data.source now, if it has moved")
   parser.add_argument("--num_train", type=int, default=0)
   parser.add_argument("--epochs", default="20,50")
   parser.add_argument("--name", default="linear_search")
   options = parser.parse_args()
   rows = []
-  for folder in sorted(glob.glob(options.runs)):
+  for folder in sorted(f for pattern in options.runs.split(",") for f in glob.glob(pattern)):
     evaluation = open_run(Path(folder), data=options.data, num_train=options.num_train)
     for split in ("train", "test"):
       evaluation.labelled(split, "pooled")
