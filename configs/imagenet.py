@@ -179,9 +179,11 @@ METHODS = {
     "global_views.area": (0.67, 1.0),
     "encoder.name": "vit_b",
     "encoder.vit.pool": "mean",
+    "encoder.vit.drop_path": 0.1,
+    "batch_size": 2048,
     "optim.learning_rate": 5e-5,
     "optim.weight_decay": 0.05,
-    "optim.warmup_epochs": 20.0,
+    "optim.clip_norm": 5.0,
   },
   "ijepa": {
     **ADAMW,

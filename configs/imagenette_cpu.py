@@ -32,4 +32,6 @@ def get_config(method: str = "fusion") -> ConfigDict:
   change(c, SMALL.get(method, {}))
   c.encoder.fusion.coarsen = 1
   c.encoder.vit.patch = 8
+  if method == "simmim":
+    c.method.mask_size = 16  # 2 x 2 patches, as in the others
   return c

@@ -36,8 +36,10 @@ class ArrayRecordSource:
   """
 
   def __init__(self, path: str, *, split: str):
-    self._where = f"arrayrecord:{path}"
-    self._shards, _ = find_shards(path, kind="arrayrecord", split=split, endings=(ENDING,))
+    self._where = f"arrayrecord:{os.path.abspath(os.path.expanduser(path))}"
+    self._shards, _ = find_shards(
+      path, kind="arrayrecord", split=split, endings=(ENDING,), by_folder=True
+    )
     folders = dict.fromkeys(os.path.dirname(shard) for shard in self._shards)
     labels, classes = {}, {}
     for folder in folders:

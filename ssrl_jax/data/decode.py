@@ -142,7 +142,7 @@ def _decode_picture(image: bytes | str | os.PathLike | Image.Image, canvas: int)
     # Pillow's plugins raise OSError, SyntaxError, ValueError, IndexError, struct.error and others
     # on damaged files. Its message for unknown bytes holds an address, different in every run.
     known = {DamagedImage: str(e), Image.UnidentifiedImageError: f"not one of {', '.join(FORMATS)}"}
-    raise DamagedImage(f"{_name(image)}: {known.get(type(e), f'{type(e).__name__}: {e}')}") from e
+    raise DamagedImage(f"{name_of(image)}: {known.get(type(e), f'{type(e).__name__}: {e}')}") from e
 
 
 def _check_claim(size: tuple[int, int], num_bytes: int) -> None:
@@ -150,11 +150,13 @@ def _check_claim(size: tuple[int, int], num_bytes: int) -> None:
     raise DamagedImage(f"claims {size[0]} x {size[1]} pixels in {num_bytes} bytes")
 
 
-def _name(image: bytes | str | os.PathLike | Image.Image) -> str:
+def name_of(image: Picture) -> str:
   if isinstance(image, bytes):
     return f"picture of {len(image)} bytes"
   if isinstance(image, Image.Image):
     return str(getattr(image, "filename", "") or f"PIL image {image.mode} {image.size}")
+  if isinstance(image, np.ndarray):
+    return f"array of shape {image.shape}"
   return os.fspath(image)
 
 
@@ -224,6 +226,8 @@ def orientation(im: Image.Image) -> int:
 def _to_rgb(im: Image.Image) -> Image.Image:
   if im.mode.startswith("I") or im.mode == "F":
     pixels = np.asarray(im)
+    if im.format == "TIFF" and im.mode.startswith("I;16") and im.tag_v2.get(262) == 0:
+      pixels = 65535 - pixels  # white is 0, which Pillow knows of 8 bits only
     # Pillow has scaled a PPM to 16 bits; of another file's 32 it says nothing.
     if im.mode == "I" and im.format != "PPM" and 0 < pixels.max() < 256:
       raise DamagedImage("32-bit picture with values up to 255: 8 or 16 bits? Store it as either")

@@ -148,12 +148,12 @@ def _warn_of_splits(path: str) -> None:
 def _others_with_pictures(path: str, splits: Collection[str]) -> list[str]:
   """Folders in `path`, no split's and not hidden, that have a picture directly in them; sorted."""
   others = [f for f in sorted(os.listdir(path)) if f not in splits and not f.startswith(".")]
-  return [
-    folder
-    for folder in others
-    if _is_folder(path, folder)
-    and any(f.lower().endswith(EXTENSIONS) for f in os.listdir(os.path.join(path, folder)))
-  ]
+  found = []
+  for folder in others:
+    with contextlib.suppress(OSError):  # no folder, or one that may not be read: lost+found
+      if any(f.lower().endswith(EXTENSIONS) for f in os.listdir(os.path.join(path, folder))):
+        found.append(folder)
+  return found
 
 
 def _is_folder(path: str, name: str) -> bool:

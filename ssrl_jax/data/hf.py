@@ -27,7 +27,7 @@ class HfSource:
   """
 
   def __init__(self, path: str, *, split: str):
-    self._split, self._where = split, f"hf:{path}"
+    self._split, self._where = split, f"hf:{os.path.abspath(os.path.expanduser(path))}"
     if importlib.util.find_spec("pyarrow") is None:
       raise ValueError(f"{self._where} needs pyarrow: pip install -e '.[hf]'")
     found = find_shards(path, kind="hf", split=split, endings=(".parquet", ".arrow"))
@@ -48,7 +48,8 @@ class HfSource:
     elif self.class_names:
       self.labels = _read_labels(files, self._label).astype(np.int32)
     else:  # numbers, of which each split may lack some
-      known = np.unique(_read_labels(every, self._label)).tolist()
+      labelled = [f for f in every if f in files or self._label in _schema(f).names]
+      known = np.unique(_read_labels(labelled, self._label)).tolist()
       own = _read_labels(files, self._label).tolist()
       self.class_names, self.labels = number_labels(list(map(str, own)), set(map(str, known)))
     self.num_classes = len(self.class_names) or None
@@ -96,8 +97,14 @@ class HfSource:
 
 def _read_labels(files: list[str], column: str) -> np.ndarray:
   """Whole numbers [N], -1 where there is none."""
+  import pyarrow
+
+  for file in files:
+    if column not in _schema(file).names:
+      raise ValueError(f"{file} has no column {column!r}, which other files of its split have")
   groups = [(f, k) for f in files for k in range(len(_group_sizes(f)))]
-  return np.concatenate([_read(f, k, column).fill_null(-1).to_numpy() for f, k in groups])
+  whole = [_read(f, k, column).cast(pyarrow.int64()) for f, k in groups]
+  return np.concatenate([labels.fill_null(-1).to_numpy() for labels in whole])
 
 
 def _schema(file: str) -> Any:

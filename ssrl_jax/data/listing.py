@@ -109,9 +109,7 @@ def _walk(
             continue
           if _is_folder(entry):
             waiting.append((prefix + entry.name, (*above, identity)))
-          elif entry.name.lower().endswith(byte_endings) and (
-            entry.is_symlink() or entry.is_file()
-          ):
+          elif entry.name.lower().endswith(byte_endings) and _may_be_read(entry):
             files.append(prefix + entry.name)
     except PermissionError as error:
       raise ValueError(
@@ -131,6 +129,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
     return entry.is_dir()
   except OSError:  # a link to itself, or to what may not be looked at
     return False
+
+
+def _may_be_read(entry: os.DirEntry) -> bool:
+  """A file, or a link to nothing, which counts as damaged; no pipe or device, nor a link to one."""
+  try:
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+  except OSError:  # a link to itself
+    return True
 
 
 def _stamps(root: str, folders: Names) -> np.ndarray | None:
@@ -170,21 +176,31 @@ def number_labels(classes: list[str], known: set[str]) -> tuple[tuple[str, ...],
 
 
 def find_shards(
-  path: str, *, kind: str, split: str, endings: tuple[str, ...]
+  path: str,
+  *,
+  kind: str,
+  split: str,
+  endings: tuple[str, ...],
+  by_folder: bool = False,
+  compressed: tuple[str, ...] = (),
 ) -> tuple[list[str], list[str]]:
   """The files of a split, and all, among those under a folder or those that match a pattern.
 
   A file belongs to the split whose name is a word of its path, counted from the folder or from
-  where the pattern begins: train/0.tar, set-train-0.tar. If no file names a split, all are train.
+  where the pattern begins: train/0.tar, set-train-0.tar; with `by_folder` only of a folder that is
+  called so. If no file names a split, all are train.
 
   Raises:
     FileNotFoundError: there are none.
-    ValueError: none of this split.
+    ValueError: none of this split; or the folder has files with the endings `compressed`.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isdir(path):
-    root, (found, _) = path, _walk(os.fsencode(path), endings)
+    root, (found, _) = path, _walk(os.fsencode(path), (*endings, *compressed))
     files = [os.path.join(path, os.fsdecode(f)) for f in found]
+    packed = sorted(f for f in files if f.lower().endswith(compressed))
+    if packed:
+      raise ValueError(f"{packed[0]} is compressed, so it has no random access; decompress it")
   else:
     files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
     root = os.path.dirname(re.split(r"[*?\[]", path)[0])
@@ -194,7 +210,10 @@ def find_shards(
       f"{' '.join(endings)}, or a pattern that matches some"
     )
   known = ("train", *HELD_OUT, split)
-  split_of = {f: _first_word(os.path.relpath(f, root), known) for f in sorted(files)}
+  words = (lambda p: p.split(os.sep)) if by_folder else _words
+  split_of = {
+    f: next((w for w in words(os.path.relpath(f, root)) if w in known), "") for f in sorted(files)
+  }
   if not any(split_of.values()):
     split_of = dict.fromkeys(split_of, "train")
   available = tuple(s for s in dict.fromkeys(known) if s in split_of.values())
@@ -205,8 +224,8 @@ def find_shards(
   return [f for f, s in split_of.items() if s == split], list(split_of)
 
 
-def _first_word(path: str, known: tuple[str, ...]) -> str:
-  return next((w for w in re.split("[^a-z0-9]+", path.lower()) if w in known), "")
+def _words(path: str) -> list[str]:
+  return re.split("[^a-z0-9]+", path.lower())
 
 
 def choose_columns(

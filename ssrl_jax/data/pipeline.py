@@ -23,7 +23,7 @@ import grain
 import numpy as np
 
 from ssrl_jax.data.batches import Batch, Batches, Damage, damage_of
-from ssrl_jax.data.decode import DamagedImage, Picture, decode_onto
+from ssrl_jax.data.decode import DamagedImage, Picture, decode_onto, name_of
 from ssrl_jax.data.memory import Recycled
 from ssrl_jax.data.sampling import EpochOrder, Sampling, draw_frames, position
 from ssrl_jax.data.sources import Source, check_frames, read_together
@@ -355,7 +355,7 @@ class _Reader:
     for picture, extent in zip(pictures, extents):
       if extent != extents[0]:
         raise DamagedImage(
-          f"{picture} is {extent[0]}x{extent[1]} pixels on the canvas, and another frame of its "
-          f"clip, {pictures[0]}, {extents[0][0]}x{extents[0][1]}"
+          f"{name_of(picture)}: {extent[0]}x{extent[1]} pixels on the canvas, and another frame of "
+          f"its clip, {name_of(pictures[0])}, {extents[0][0]}x{extents[0][1]}"
         )
     return extents[0]

@@ -193,7 +193,10 @@ def _write_shard(path: Path, start: int, records: Iterator[Record]) -> None:
 def _write_index(out: Path, names: list[str]) -> None:
   rows = [row for name in names for row in _facts(out / name)["rows"]]
   if not rows:
-    raise ValueError(f"no picture of the source can be read; {out} has the reasons in *.json")
+    raise ValueError(
+      f"no picture of the source can be read; {out} has the reasons in *.json: remove it when they "
+      "are repaired"
+    )
   id_N, label_N, size_N = np.array(rows, np.int64).T
   partial = out / f"{INDEX}.partial"
   with partial.open("wb") as file:

@@ -124,7 +124,12 @@ def _read(file: str, source: Source) -> np.ndarray:
     raise FileNotFoundError(
       f"no file {file}; data.sampling_file names an .npy, one value an example"
     )
-  values = np.load(file, allow_pickle=False)
+  try:
+    values = np.load(file, allow_pickle=False)
+  except (ValueError, EOFError):
+    values = None
+  if not isinstance(values, np.ndarray):
+    raise ValueError(f"{file} is no .npy; data.sampling_file names one, one value an example")
   if values.shape != (len(source),):
     raise ValueError(
       f"{file} has shape {values.shape}; expected ({len(source)},), one value for each example of "

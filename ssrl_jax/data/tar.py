@@ -21,6 +21,8 @@ from ssrl_jax.data.decode import DamagedImage
 from ssrl_jax.data.index_cache import Names
 from ssrl_jax.data.listing import EXTENSIONS, describe, find_shards, locate, number_labels
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
 
 class Index(NamedTuple):
   """The pictures of an archive, in its order."""
@@ -39,8 +41,10 @@ class TarSource:
   """
 
   def __init__(self, path: str, *, split: str):
-    self._split, self._where = split, f"tar:{path}"
-    self._archives, archives = find_shards(path, kind="tar", split=split, endings=(".tar",))
+    self._split, self._where = split, f"tar:{os.path.abspath(os.path.expanduser(path))}"
+    self._archives, archives = find_shards(
+      path, kind="tar", split=split, endings=(".tar",), compressed=COMPRESSED
+    )
     shown = tqdm(archives, "indexing archives", disable=None, delay=2)
     index_of = {archive: _index(archive) for archive in shown}
     indices = [index_of[archive] for archive in self._archives]
@@ -97,7 +101,7 @@ def _index(archive: str) -> Index:
 def _read_index(archive: str) -> Index:
   places: dict[str, tuple[int, int]] = {}
   class_of: dict[str, str] = {}
-  passed_over = 0
+  passed_over = unread = 0
   try:
     with tarfile.open(archive, "r:") as tar:
       for member in tar:
@@ -107,24 +111,42 @@ def _read_index(archive: str) -> Index:
         elif not member.isreg() or member.issparse():
           raise ValueError(f"{member.name!r} of {archive} is no plain file; pack it anew")
         elif ending == ".cls":
-          class_of[key] = tar.extractfile(member).read().decode().strip()
+          class_of[key] = tar.extractfile(member).read().decode("utf-8-sig").strip()
         elif ending == ".json":
-          class_of.setdefault(key, _label_of_json(tar.extractfile(member).read()))
+          label = _label_of_json(tar.extractfile(member).read())
+          unread += label is None
+          class_of.setdefault(key, label or "")
         elif key in places:
           raise ValueError(f"{archive} has two pictures of the key {key!r}; give them two keys")
         else:
           places[key] = (member.offset_data, member.size)
         tar.members = []  # kept by the library otherwise, a kilobyte for each
+      _check_end(tar)
   except (tarfile.TarError, UnicodeDecodeError) as error:
     raise ValueError(
       f"{archive} cannot be indexed ({error}); expected a whole, uncompressed tar file: compressed "
       "ones have no random access"
     ) from error
+  if unread:
+    logging.warning(
+      "%s: in %d KEY.json the label is no whole number or name, so it counts as unknown",
+      archive, unread,
+    )  # fmt: skip
   if passed_over:
     logging.warning("%s: %d pictures named KEY.WORD.EXTENSION left out", archive, passed_over)
   keys, where = [os.fsencode(key) for key in places], np.array(list(places.values()), np.int64)
   classes = [os.fsencode(class_of[key]) if key in class_of else b"" for key in places]
   return Index(Names.pack(keys), Names.pack(classes), where.reshape(-1, 2))
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+  """Refuses what the library takes for the end of an archive: a bad header, or none, or another."""
+  tar.fileobj.seek(tar.offset)
+  if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    raise tarfile.ReadError(f"it is damaged or cut off at byte {tar.offset:,}")
+  while block := tar.fileobj.read(1 << 20):
+    if block.count(0) != len(block):
+      raise tarfile.ReadError(f"more follows its end, at byte {tar.offset:,}; join none with cat")
 
 
 def _split_name(path: str) -> tuple[str, str]:
@@ -134,10 +156,13 @@ def _split_name(path: str) -> tuple[str, str]:
   return folder + slash + stem, (dot + ending).lower()
 
 
-def _label_of_json(content: bytes) -> str:
+def _label_of_json(content: bytes) -> str | None:
+  """ "" where there is none, None where it is of another kind."""
   try:
-    label = json.loads(content)["label"]
-  except (ValueError, KeyError, TypeError):
-    return ""
+    label = json.loads(content).get("label", "")
+  except (ValueError, AttributeError):
+    return None
+  if isinstance(label, float) and label.is_integer():
+    label = int(label)
   is_label = isinstance(label, int | str) and not isinstance(label, bool)
-  return str(label) if is_label else ""
+  return str(label) if is_label else None

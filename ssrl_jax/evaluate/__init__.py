@@ -60,7 +60,9 @@ EVALS: dict[str, Protocol] = {
     pixels=True,
   ),
   "geometry": Protocol(
-    geometry.run, {"geometry/rankme": "RankMe", "geometry/lidar": "LiDAR"}, needs="test"
+    geometry.run,
+    {"geometry/rankme": "RankMe", "geometry/lidar": "LiDAR", "geometry/cka": "CKA"},
+    needs="test",
   ),
   "attention": Protocol(attention.run, {"attention/pointing": "pointing %"}, needs="test"),
   "bias": Protocol(bias.run, {"bias/worst_class": "worst class %"}, pixels=True),

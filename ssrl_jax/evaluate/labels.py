@@ -89,7 +89,7 @@ def draw(
       least = f"at least {1 / len(rows):.3g}" if len(rows) else "pictures of every class"
       raise ValueError(
         f"label fraction {fraction} leaves class {label} of {len(rows)} pictures without a label; "
-        f"give {least}, or num_per_class"
+        f"give {least}, or a number of each class (num_per_class; of low_label nums_per_class)"
       )
     drawn.append(rows[:count])
   return np.sort(np.concatenate(drawn))

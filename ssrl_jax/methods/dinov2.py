@@ -5,8 +5,9 @@ changes in the objective: patches have a head of their own, and Sinkhorn stands 
 Departures: one rectangle is masked in a view, where the official code joins several; as many views
 of each image are masked, not of the batch, so that the head sees a fixed number of patches;
 KoLeo's neighbours are those in the global batch, not in a device's part of it; schedules run by
-step; the projectors begin as `dino`'s. Layer-wise learning rates, LayerScale and the last
-iterations at a higher resolution are left out.
+step; the gain of the prototypes' weight norm stays 1; the projectors begin as `dino`'s. Layer-wise
+learning rates, LayerScale, gradients clipped by module and the last iterations at a higher
+resolution are left out.
 """
 
 from __future__ import annotations

@@ -92,10 +92,14 @@ def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:
     )
   if min(weights) <= 0:
     raise ValueError(f"hybrid: weights are {tuple(weights)}; they must be positive")
-  for name in (*terms, *options):
-    known = terms if name in options and name not in terms else METHODS
-    if name not in known or name == "hybrid":
-      raise ValueError(f"hybrid: {nearest(name, [m for m in known if m != 'hybrid'], 'term')}")
+  for name in terms:
+    if name not in METHODS or name == "hybrid":
+      raise ValueError(f"hybrid: {nearest(name, [m for m in METHODS if m != 'hybrid'], 'term')}")
+  for name in options.keys() - set(terms):
+    raise ValueError(
+      f"hybrid: method.options has options of {name!r}, which is not among the terms "
+      f"{', '.join(terms)}; give those of the terms, or none: --config.method.options='{{}}'"
+    )
   for name, own in options.items():
     known = keyword_defaults(METHODS[name])
     unknown = [key for key in own if key not in known]

@@ -3,8 +3,8 @@
 Official code: microsoft/SimMIM models/simmim.py and data/data_simmim.py. A learned token stands in
 for each masked patch, the encoder sees all of them, and the loss is the absolute error of the
 masked pixels, normalised by the channels' mean and deviation as the views are. Departures: a ViT of
-this package, with absolute positions and without LayerScale, where the official one has relative
-position biases; the learning rate falls as a cosine, where theirs falls once.
+this package, with its positions and first weights and without LayerScale, where the official one
+has relative position biases; the learning rate falls as a cosine, where theirs falls once.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ def make(
   patch = check_vit("simmim", encoder)
   size = global_views(views, method="simmim", at_least=1, local=False).size
   fitting = [n for n in range(patch, size, patch) if size % n == 0]
+  if size == patch:
+    raise ValueError(
+      f"simmim: a view of {size} pixels is a single patch; set encoder.vit.patch lower"
+    )
   if mask_size not in fitting and size % patch == 0:  # else the ViT says what is wrong
     raise ValueError(
       f"simmim: mask_size {mask_size} does not consist of patches of {patch} pixels or does not "

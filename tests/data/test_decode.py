@@ -460,3 +460,11 @@ def test_decoding_onto_a_used_canvas_writes_all_of_it_or_nothing():
   assert (placed == 77).all()
   assert decode_onto(placed, blocks()) == (16, 24)
   np.testing.assert_array_equal(placed, decode(blocks(), canvas=32)[0])
+
+
+def test_16_bit_tiff_whose_white_is_zero_is_turned_round():
+  file = io.BytesIO()
+  levels = np.array([[0, 65535]], np.uint16)
+  Image.fromarray(levels).save(file, "TIFF", tiffinfo={262: 0})
+  pixels, _ = decode(file.getvalue(), canvas=2)
+  assert pixels[0, :, 0].tolist() == [255, 0]

@@ -90,6 +90,7 @@ def test_a_link_that_leads_nowhere_is_a_damaged_picture(target, tmp_path):
 def test_what_would_block_or_is_hidden_is_no_picture(tmp_path):
   put(tmp_path / "a" / "b" / "c.png")
   os.mkfifo(tmp_path / "a" / "pipe.png")
+  (tmp_path / "a" / "link to a pipe.png").symlink_to("pipe.png")
   put(tmp_path / "a" / ".hidden.png")
   put(tmp_path / ".hidden" / "d.png")
   (tmp_path / "a" / "folder.png").mkdir()
@@ -130,6 +131,15 @@ def test_a_folder_that_may_not_be_read_is_named_in_one_line():
       FolderSource(root, split="train")
     os.chmod(f"{root}/closed", 0o755)
   assert "\n" not in str(e.value)
+
+
+def test_a_closed_folder_beside_the_splits_is_passed_by():
+  with tempfile.TemporaryDirectory() as root:
+    os.chmod(root, 0o755)
+    put(pathlib.Path(root) / "train" / "a.png")
+    os.mkdir(f"{root}/lost+found", 0o000)
+    with no_privileges():
+      assert len(FolderSource(root, split="train")) == 1
 
 
 @pytest.mark.parametrize("inner", ["", "images"])

@@ -155,3 +155,18 @@ def test_without_pyarrow_it_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"needs pyarrow: pip install -e '.\[hf\]'"):
     open_source(f"hf:{tmp_path}", split="train")
+
+
+def test_a_split_without_labels_is_not_missed_and_nulls_of_any_width_are_none(tmp_path):
+  data = io.BytesIO()
+  Image.new("RGB", (4, 4)).save(data, format="PNG")
+  pictures = [data.getvalue()] * 3
+  labels = pa.array([1, None, 0], pa.uint8())
+  (tmp_path / "data").mkdir()
+  pq.write_table(pa.table({"image": pictures, "label": labels}), tmp_path / "data/train-0.parquet")
+  pq.write_table(pa.table({"image": pictures}), tmp_path / "data/test-0.parquet")
+  assert open_source(f"hf:{tmp_path}", split="train").labels.tolist() == [1, -1, 0]
+  assert open_source(f"hf:{tmp_path}", split="test").num_classes is None
+  pq.write_table(pa.table({"image": pictures}), tmp_path / "data/train-1.parquet")
+  with pytest.raises(ValueError, match=r"train-1.parquet has no column 'label'"):
+    open_source(f"hf:{tmp_path}", split="train")

@@ -381,7 +381,7 @@ def test_clip_with_a_damaged_or_odd_frame_is_replaced_where_it_is_drawn(caplog):
   assert 0 < replaced[17] < 20
   messages = [r.getMessage() for r in caplog.records]
   assert len(messages) == 2
-  assert sum("is 6x5 pixels on the canvas, and another frame" in m for m in messages) == 1
+  assert sum(": 6x5 pixels on the canvas, and another frame" in m for m in messages) == 1
 
 
 def test_evaluation_sees_the_middle_frame():

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ssrl_jax.data import prepare
-from ssrl_jax.data.decode import DamagedImage
+from ssrl_jax.data.decode import DamagedImage, decode
 from ssrl_jax.data.pipeline import train_batches
 from ssrl_jax.data.sources import open_source
 from tests.commands import ROOT
@@ -253,3 +253,17 @@ def test_a_set_without_one_readable_picture_is_refused(tmp_path, capsys):
   (tmp_path / "in" / "a.png").write_text("no")
   assert run(f"--source=folder:{tmp_path / 'in'}", f"--out={tmp_path / 'out'}") == 1
   assert "no picture of the source can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train_extra", "fold_1", "Unlabelled"])
+def test_a_split_of_any_name_is_read_again_and_mixed_with_none(split, tmp_path):
+  for name, value in (("train", 10), (split, 200)):
+    (tmp_path / "set" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "set" / name / "0.png")
+  where = f"folder:{tmp_path / 'set'}"
+  for name in ("train", split):
+    assert prepare.cli([f"--source={where}", f"--split={name}", f"--out={tmp_path / 'o'}"]) == 0
+  for name in ("train", split):
+    source = open_source(f"arrayrecord:{tmp_path / 'o'}", split=name)
+    levels = [decode(source[i]["image"], canvas=8)[0][0, 0, 0] for i in range(len(source))]
+    assert levels == [10 if name == "train" else 200]

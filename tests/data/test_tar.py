@@ -196,3 +196,48 @@ def test_numbers_that_are_no_classes_are_refused(label, message, tmp_path):
   pack(tmp_path / "a.tar", members)
   with pytest.raises(ValueError, match=message):
     open_source(f"tar:{tmp_path}", split="train")
+
+
+@pytest.mark.parametrize(
+  "spoil",
+  [
+    lambda data, header: data[:header] + bytes([data[header] ^ 255]) + data[header + 1 :],
+    lambda data, header: data[: header + 100],
+    lambda data, header: data[:header],
+    lambda data, header: data + data,
+  ],
+  ids=["damaged header", "cut within a header", "cut before a header", "two joined"],
+)
+def test_an_archive_does_not_end_where_it_is_damaged(spoil, tmp_path):
+  path = tmp_path / "set" / "train-0.tar"
+  pack(path, [(f"{i}.png", picture(i)) for i in range(8)])
+  with tarfile.open(path) as archive:
+    header = archive.getmembers()[5].offset
+  path.write_bytes(spoil(path.read_bytes(), header))
+  with pytest.raises(ValueError, match=r"0.tar cannot be indexed \((it is damaged|more follow)"):
+    open_source(f"tar:{tmp_path / 'set'}", split="train")
+
+
+def test_compressed_archives_beside_others_are_refused(archives):
+  with tarfile.open(archives / "some-train-0002.tar.gz", "w:gz"):
+    pass
+  with pytest.raises(ValueError, match=r"some-train-0002.tar.gz is compressed.*decompress it"):
+    open_source(f"tar:{archives}", split="train")
+
+
+def test_labels_of_other_kinds_are_counted_and_whole_floats_are_numbers(tmp_path, caplog):
+  members = []
+  for i, text in enumerate(['{"label": 3.0}', '{"label": 0.5}', '{"label": ', "[1]", "{}"]):
+    members += [(f"{i}.png", picture(i)), (f"{i}.json", text)]
+  members += [("5.png", picture(5)), ("5.cls", "\ufeff1")]
+  pack(tmp_path / "set" / "train-0.tar", members)
+  source = open_source(f"tar:{tmp_path / 'set'}", split="train")
+  assert source.labels.tolist() == [3, -1, -1, -1, -1, 1]
+  assert "in 3 KEY.json the label is no whole number or name" in caplog.text
+
+
+def test_a_source_is_named_by_its_whole_path(archives, monkeypatch):
+  monkeypatch.chdir(archives.parent)
+  assert repr(open_source("tar:set", split="train")) == repr(
+    open_source(f"tar:{archives}", split="train")
+  )
