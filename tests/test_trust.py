@@ -99,7 +99,7 @@ def test_weights_with_a_pickle_in_them_are_refused(tmp_path, bomb):
   source = open_source(
     f"folder:{tmp_path / 'set'}", split="train", data_dir="", size=8, limit=0, seed=0
   )
-  with pytest.raises(ValueError, match="is no .npy"):
+  with pytest.raises(ValueError, match=r"is no \.npy"):
     make_sampling(
       source, sampling="weights", file=str(tmp_path / "w.npy"), power=1.0, mixture_weights=()
     )
