@@ -12,6 +12,13 @@ VIT = {
   "optim.learning_rate": 1e-3,
   "optim.weight_decay": 0.05,
 }
+TEACHER = {
+  **HEADS,
+  "method.num_prototypes": 256,
+  "method.warmup_epochs": 2.0,
+  "method.tau": 0.99,
+  "method.freeze_epochs": 0.5,
+}
 SMALL = {
   "fusion": {
     "encoder.fusion.enabled": True,
@@ -42,32 +49,9 @@ SMALL = {
   "w_mse": {"method.hidden_dim": 128, "method.out_dim": 32, "method.slice_size": 64},
   "lejepa": {"method.hidden_dim": 128, "method.out_dim": 32, "method.num_layers": 2},
   "swav": {**HEADS, "method.num_prototypes": 128, "method.freeze_epochs": 0.5},
-  "dino": {
-    "method.hidden_dim": 128,
-    "method.out_dim": 64,
-    "method.num_prototypes": 256,
-    "method.warmup_epochs": 2.0,
-    "method.tau": 0.99,
-    "method.freeze_epochs": 0.5,
-  },
-  "ibot": {
-    **VIT,
-    "method.hidden_dim": 128,
-    "method.out_dim": 64,
-    "method.num_prototypes": 256,
-    "method.warmup_epochs": 2.0,
-    "method.tau": 0.99,
-    "method.freeze_epochs": 0.5,
-  },
-  "dinov2": {
-    **VIT,
-    "method.hidden_dim": 128,
-    "method.out_dim": 64,
-    "method.num_prototypes": 256,
-    "method.warmup_epochs": 2.0,
-    "method.tau": 0.99,
-    "method.freeze_epochs": 0.5,
-  },
+  "dino": TEACHER,
+  "ibot": {**VIT, **TEACHER},
+  "dinov2": {**VIT, **TEACHER},
   "mae": {
     **VIT,
     "global_views.count": 1,
