@@ -48,7 +48,7 @@ def base_config(method: str) -> ConfigDict:
     raise ValueError(nearest(method, METHODS, "method"))
   c = ConfigDict()
   c.seed = 0  # of initialisation, data order and views
-  c.init_from = ""  # folder of a run with whose encoder this one begins; empty: random
+  c.init_from = ""  # a run's folder or FILE.safetensors, with whose encoder this run begins
   c.batch_size = 256  # images per step over all devices
   c.accumulate = 1  # parts in which a batch is computed: the same gradient, less memory
   c.epochs = 100.0  # passes over the training set

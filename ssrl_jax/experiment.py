@@ -132,22 +132,29 @@ def build(
     raise ValueError(f"epochs is {config.epochs}; expected a number of 0 or more")
   check_numbers("", flatten(config), LEAST)
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
-  if total_steps < 1:
-    raise ValueError(f"epochs {config.epochs} and steps {config.steps} leave nothing to train")
+  judged = bool(config.init_from) and config.epochs == 0  # an encoder as it came
+  if total_steps < 1 and not judged:
+    raise ValueError(
+      f"epochs {config.epochs} and steps {config.steps} leave nothing to train; epochs=0 is for an "
+      "encoder that init_from names, to be judged as it is"
+    )
   check_ramp(**config.views_ramp)
   check_fraction(config.data.max_bad_fraction)
   guard.check_options(**config.guard)
   if config.data.cache not in ("", "device"):
     raise ValueError(f"data.cache is {config.data.cache!r}; expected '' (streamed) or 'device'")
-  run = Run(batch_size, steps_per_epoch, total_steps, num_classes)
+  planned, options = max(total_steps, 1), config.optim.to_dict()
+  if not total_steps:
+    options["warmup_epochs"] = 0.0
+  run = Run(batch_size, steps_per_epoch, planned, num_classes)
   method = accumulated(
     make_method(config, run), config.accumulate, batch_size=batch_size, num_devices=mesh.size
   )
   optimizer, schedule = optim.make_optimizer(
-    **config.optim,
+    **options,
     batch_size=batch_size,
     steps_per_epoch=steps_per_epoch,
-    total_steps=total_steps,
+    total_steps=planned,
     constant_lr=method.constant_lr,
     frozen=method.frozen,
   )

@@ -17,7 +17,7 @@ from absl import flags
 from ssrl_jax.command_line import define_step, print_line, run_command
 from ssrl_jax.evaluate.suite import load_run, trained_evaluation
 from ssrl_jax.experiment import open_split
-from ssrl_jax.files import check_folder
+from ssrl_jax.files import check_folder, whole
 from ssrl_jax.run_folder import load_config
 
 
@@ -58,14 +58,8 @@ def run(
   arrays = {kind: rows.features for kind, rows in found.items()}
   names = np.array([pictures.name(int(i)) for i in rows.ids])
   classes = np.array(pictures.class_names, dtype=str)
-  partial = out.with_name(out.name + ".partial")
-  try:
-    with partial.open("wb") as file:  # np.savez itself would add a suffix to another name
-      np.savez(file, **arrays, labels=rows.labels, classes=classes, ids=rows.ids, names=names)
-  except OSError as error:
-    partial.unlink(missing_ok=True)
-    raise OSError(f"{out} could not be written: {error}") from error
-  partial.replace(out)
+  with whole(out) as partial, partial.open("wb") as file:  # np.savez itself would add a suffix
+    np.savez(file, **arrays, labels=rows.labels, classes=classes, ids=rows.ids, names=names)
   shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in arrays.items())
   print_line(f"{out}: {shapes} of {len(rows.ids)} of {len(pictures)} pictures of {pictures!r}")
   return 0

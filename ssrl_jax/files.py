@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str) -> None:
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+  """A file to write, which becomes `path` once it is whole; else nothing of it is left.
+
+  Raises:
+    OSError: names `path`.
+  """
   # Of this process: another may write the same file.
   partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  try:
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    error.filename, error.filename2 = str(path), None
+    raise
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+  with whole(path) as partial:
+    partial.write_text(text, encoding="utf-8")
 
 
 def printable(name: str) -> str:

@@ -8,7 +8,6 @@ in WORKDIR/bad_steps/STEP.npz, for `python -m ssrl_jax.replay`, and stops the ru
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 
 from ssrl_jax import parallel
 from ssrl_jax.data.sampling import position
-from ssrl_jax.files import write_json
+from ssrl_jax.files import whole, write_json
 from ssrl_jax.method import Array
 from ssrl_jax.metrics import collapse
 
@@ -166,12 +165,10 @@ def write_bad_step(
   """
   if not keep:
     return
-  partial = file.with_suffix(".partial")
   try:
     file.parent.mkdir(exist_ok=True)
-    with partial.open("wb") as stream:
+    with whole(file) as partial, partial.open("wb") as stream:
       np.savez(stream, **batch, step=step, first_bad=first_bad, loss=loss)
-    os.replace(partial, file)
     for old in sorted(file.parent.glob("*.npz"), key=lambda f: int(f.stem))[:-keep]:
       old.unlink()
   except OSError as error:

@@ -1,4 +1,4 @@
-"""A run that begins with the encoder of another one: `init_from` of its config."""
+"""A run that begins with the encoder of another one, or of a file: `init_from` of its config."""
 
 from __future__ import annotations
 
@@ -7,32 +7,43 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from ssrl_jax.evaluate.suite import load_run
 from ssrl_jax.experiment import Experiment, create_state
+from ssrl_jax.models.torch_names import from_torch
 from ssrl_jax.state import TrainState, named_leaves
 
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+FILES = (".safetensors", *PICKLES)
 OWN = "mask_token"  # of masked methods alone: stays as it is where the other run has none
 
 
 def first_state(experiment: Experiment) -> TrainState:
-  """The state at step 0: random, or with the encoder of the run in `init_from`.
+  """The state at step 0: random, or with the encoder that `init_from` names.
 
-  That is the encoder which the other run is judged by, a target's for DINO and the like, with its
-  batch statistics; here network and target begin with it. All else begins anew.
+  Of a run's folder: the encoder which it is judged by, a target's for DINO and the like, with its
+  batch statistics. Of a file NAME.safetensors: see `models.torch_names.from_torch`. Network and
+  target begin with it, all else begins anew.
 
   Raises:
-    FileNotFoundError: there is no such run, or it has no checkpoint yet.
-    ValueError: its encoder has other arrays.
+    FileNotFoundError: there is no such run or file, or the run has no checkpoint yet.
+    ValueError: the encoder has other arrays.
   """
+  state = create_state(experiment)
   if not experiment.config.init_from:
-    return create_state(experiment)
-  folder = Path(experiment.config.init_from).expanduser()
-  other, state = load_run(folder, mesh=experiment.config.mesh), create_state(experiment)
-  taken = other.experiment.method.encoder.weights(other.state.params, other.state.method_state)
-  given = dict(named_leaves(taken))
-  mine = (state.params, state.method_state)
-  check_alike(dict(named_leaves(experiment.method.encoder.weights(*mine))), given, folder)
+    return state
+  path, mine = Path(experiment.config.init_from).expanduser(), (state.params, state.method_state)
+  wanted = dict(named_leaves(experiment.method.encoder.weights(*mine)))
+  if path.suffix in FILES and not path.is_dir():
+    given = read_file(path, {k: x.shape for k, x in wanted.items()})
+  else:
+    other = load_run(path, mesh=experiment.config.mesh)
+    weights = other.experiment.method.encoder.weights
+    given = dict(named_leaves(weights(other.state.params, other.state.method_state)))
+    check_alike(wanted, given, path)
 
   def take(path, x):
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
@@ -61,3 +72,27 @@ def check_alike(mine: dict[str, Any], given: dict[str, Any], folder: Path) -> No
       f"init_from: the encoder of {folder} is another one: {len(wrong)} arrays differ, e.g. "
       f"{told}; give this run the config.encoder of that one, and for a ViT views of that size"
     )
+
+
+def read_file(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+  """The arrays of an encoder that a safetensors file of timm's or torchvision's names has.
+
+  Args:
+    wanted: the encoder's shapes by name.
+
+  Raises:
+    ValueError: it is a pickle, damaged, or another encoder's.
+  """
+  if path.suffix in PICKLES:
+    raise ValueError(
+      f"init_from: {path} is a pickle, which may run any code; where PyTorch is, make a file of "
+      "tensors of it: safetensors.torch.save_file(tensors, NAME.safetensors); see docs/methods.md"
+    )
+  try:
+    tensors = load_file(path)
+  except SafetensorError as error:
+    raise ValueError(f"init_from: {path} is damaged, or no safetensors: {error}") from error
+  try:
+    return from_torch(tensors, wanted)
+  except ValueError as error:
+    raise ValueError(f"init_from: {path}: {error}") from error

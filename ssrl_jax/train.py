@@ -128,6 +128,8 @@ def train(
   if step >= total or reason:
     if reason:
       say(f"stopped early: {reason}")
+    if not total:
+      checkpoints.finish(state, step=0, score=0.0)  # where the other commands find it
     checkpoints.close()
     return state, True
 

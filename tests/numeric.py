@@ -1,6 +1,8 @@
 """What the tests of objectives share."""
 
+import math
 import re
+import zlib
 
 import numpy as np
 
@@ -43,3 +45,12 @@ def lapack_shapes(program: str) -> list[tuple[int, ...]]:
   calls = [line for line in program.splitlines() if 'custom_call_target="lapack' in line]
   of_call = lambda line: re.findall(r"f\d\d\[([\d,]+)\]", line.split("custom-call(")[0])  # noqa: E731
   return [tuple(map(int, shape.split(","))) for line in calls for shape in of_call(line)]
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """Float32 that depend on name and shape only: of a network's array, near what training leaves."""
+  np_rng = np.random.default_rng(zlib.crc32(name.encode()))
+  if name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
+    return np_rng.uniform(0.5, 1.5, shape).astype(np.float32)
+  fan_in = math.prod(shape[1:]) if name.endswith("weight") else 4
+  return np_rng.normal(0, max(fan_in, 1) ** -0.5, shape).astype(np.float32)

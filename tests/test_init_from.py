@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save, save_file
 
 from ssrl_jax.experiment import create_state
 from ssrl_jax.init_from import first_state
+from ssrl_jax.models.torch_names import backbone_names, to_torch
 from ssrl_jax.run_folder import Facts
 from ssrl_jax.state import named_leaves
 from tests.methods.common import VIT, make_config, make_experiment
@@ -56,3 +58,35 @@ def test_another_encoder_is_refused_with_what_differs(tmp_path):
 def test_a_run_that_is_not_there_is_said(tmp_path):
   with pytest.raises(FileNotFoundError, match="nowhere"):
     first_state(make_experiment("simclr", {"init_from": str(tmp_path / "nowhere")}))
+
+
+def test_backbone_of_a_file_and_the_rest_random(tmp_path):
+  experiment = make_experiment("fusion", {"init_from": str(tmp_path / "encoder.safetensors")})
+  own = judged(experiment, create_state(experiment))
+  given = {k: np.asarray(x) + 1 for k, x in own.items()}
+  save_file(to_torch(given, (1, 1)), tmp_path / "encoder.safetensors")
+  found = judged(experiment, first_state(experiment))
+  backbone = set(backbone_names(found).values())
+  assert 0 < len(backbone) < len(found)
+  for name, x in found.items():
+    np.testing.assert_array_equal(x, (given if name in backbone else own)[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("x.pth", b"", "x.pth is a pickle, which may run any code"),
+    ("x.safetensors", b"no tensors at all", "x.safetensors is damaged, or no safetensors"),
+    ("x.safetensors", save({"a": np.zeros(2)}), "x.safetensors: it has no bn1.bias"),
+  ],
+)
+def test_files_that_hold_no_encoder_are_refused(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    first_state(make_experiment("simclr", {"init_from": str(tmp_path / name)}))
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path):
+  missing = tmp_path / "nowhere.safetensors"
+  with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors"):
+    first_state(make_experiment("simclr", {"init_from": str(missing)}))

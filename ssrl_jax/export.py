@@ -1,0 +1,78 @@
+"""python -m ssrl_jax.export --workdir=RUN --out=encoder.safetensors
+
+Writes the encoder of a checkpoint of a run, the one that the run is judged by, with the names and
+layouts of timm (ResNets: torchvision's too), so that PyTorch can load it. Of an encoder inside
+fusion or attention the backbone only. A run may begin with such a file: --config.init_from=FILE.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from safetensors.numpy import save
+
+from ssrl_jax.command_line import define_step, print_line, run_command
+from ssrl_jax.evaluate.suite import load_run
+from ssrl_jax.files import check_folder, whole
+from ssrl_jax.models.torch_names import backbone_names, to_torch
+from ssrl_jax.run_folder import load_config
+from ssrl_jax.state import named_leaves
+
+
+def run(folder: Path, out: Path, *, step: int | None = None) -> int:
+  if out.suffix != ".safetensors":
+    raise ValueError(f"--out={out}: expected a name that ends with .safetensors")
+  check_folder(folder, "--workdir")
+  check_folder(out.parent, "--out")
+  config = load_config(folder)
+  config.mesh.update({"devices": 1, "slices": 0, "fsdp": 1})
+  experiment, state = load_run(folder, mesh=config.mesh, step=step)
+  weights = jax.device_get(experiment.method.encoder.weights(state.params, state.method_state))
+  arrays = {name: np.asarray(x) for name, x in named_leaves(weights)}
+  encoder, data = config.encoder, config.data
+  side = config.evaluate.size // encoder.vit.patch
+  tensors = to_torch(arrays, (side, side))
+  left = sorted(set(arrays) - set(backbone_names(arrays).values()))
+  told = {
+    "format": "pt",
+    "encoder": encoder.to_json(),
+    "image_size": str(config.evaluate.size),
+    "mean": json.dumps(list(data.mean)),
+    "std": json.dumps(list(data.std)),
+    "step": str(int(state.step)),
+    "method": config.method.name,
+  }
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with whole(out) as partial:
+    partial.write_bytes(save(tensors, metadata=told))
+  count = sum(x.size for x in tensors.values())
+  print_line(
+    f"{out}: {len(tensors)} arrays, {count:,} numbers, of {encoder.name}, step {state.step}"
+  )
+  if left:
+    print_line(f"left out: {len(left)} arrays that are not the backbone's, e.g. {left[0]}")
+  print_line('in PyTorch: model.load_state_dict(safetensors.torch.load_file("FILE"), strict=False)')
+  return 0
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("workdir", "", "The run's folder.", values)
+  flags.DEFINE_string("out", "", "The file to write, NAME.safetensors.", values)
+  define_step(values)
+
+
+def cli(argv: list[str]) -> int:
+  def program(values: flags.FlagValues) -> int:
+    folder, out = (Path(p).expanduser() for p in (values.workdir, values.out))
+    return run(folder, out, step=values.step)
+
+  return run_command(argv, __doc__, define_flags, program, needed=("workdir", "out"))
+
+
+if __name__ == "__main__":
+  sys.exit(cli(sys.argv))
