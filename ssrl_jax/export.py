@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from ssrl_jax.command_line import define_step, print_line, run_command
 from ssrl_jax.evaluate.suite import load_run
 from ssrl_jax.files import check_folder, whole
-from ssrl_jax.models.torch_names import backbone_names, to_torch
+from ssrl_jax.models.torch_names import PLACES, backbone_names, to_torch
 from ssrl_jax.run_folder import load_config
 from ssrl_jax.state import named_leaves
 
@@ -34,14 +34,16 @@ def run(folder: Path, out: Path, *, step: int | None = None) -> int:
   experiment, state = load_run(folder, mesh=config.mesh, step=step)
   weights = jax.device_get(experiment.method.encoder.weights(state.params, state.method_state))
   arrays = {name: np.asarray(x) for name, x in named_leaves(weights)}
-  encoder, data = config.encoder, config.data
-  side = config.evaluate.size // encoder.vit.patch
-  tensors = to_torch(arrays, (side, side))
-  left = sorted(set(arrays) - set(backbone_names(arrays).values()))
+  encoder, data, size = config.encoder, config.data, config.evaluate.size
+  own = backbone_names(arrays)
+  if PLACES in own:  # learned, of the views' grid
+    size = encoder.vit.patch * arrays[own[PLACES]].shape[0]
+  tensors = to_torch(arrays, (size // encoder.vit.patch,) * 2)
+  left = sorted(set(arrays) - set(own.values()))
   told = {
     "format": "pt",
     "encoder": encoder.to_json(),
-    "image_size": str(config.evaluate.size),
+    "image_size": str(size),
     "mean": json.dumps(list(data.mean)),
     "std": json.dumps(list(data.std)),
     "step": str(int(state.step)),
@@ -52,7 +54,8 @@ def run(folder: Path, out: Path, *, step: int | None = None) -> int:
     partial.write_bytes(save(tensors, metadata=told))
   count = sum(x.size for x in tensors.values())
   print_line(
-    f"{out}: {len(tensors)} arrays, {count:,} numbers, of {encoder.name}, step {state.step}"
+    f"{out}: {len(tensors)} arrays, {count:,} numbers, of {encoder.name} at {size} px, step "
+    f"{int(state.step)}"
   )
   if left:
     print_line(f"left out: {len(left)} arrays that are not the backbone's, e.g. {left[0]}")

@@ -86,7 +86,7 @@ def read_file(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, np.nd
   if path.suffix in PICKLES:
     raise ValueError(
       f"init_from: {path} is a pickle, which may run any code; where PyTorch is, make a file of "
-      "tensors of it: safetensors.torch.save_file(tensors, NAME.safetensors); see docs/evaluation.md"
+      "tensors of it, NAME.safetensors: docs/evaluation.md, Encoders of others"
     )
   try:
     tensors = load_file(path)

@@ -58,6 +58,18 @@ def test_file_holds_the_encoder_and_how_to_feed_it(root):
   assert facts["format"] == "pt"  # what transformers asks for
 
 
+def test_positions_and_image_size_are_of_one_grid(tmp_path):
+  config = smoke.get_config("simclr")
+  config.encoder.name, config.encoder.vit.patch = "vit_pico", 4
+  config.data.update({"canvas": 16, "num_train": 40, "num_test": 24})
+  config.global_views.size, config.evaluate.size = 16, 32
+  save_untrained(tmp_path / "run", config, Facts(40, 10))
+  assert exported(tmp_path / "run", tmp_path / "vit.safetensors") == 0
+  assert load_file(tmp_path / "vit.safetensors")["pos_embed"].shape == (1, 1 + 4 * 4, 24)
+  with safe_open(tmp_path / "vit.safetensors", framework="numpy") as opened:
+    assert opened.metadata()["image_size"] == "16"
+
+
 def test_of_a_wrapped_encoder_the_backbone_and_that_is_said(root, capsys, tmp_path):
   out = tmp_path / "new" / "fused.safetensors"
   assert exported(root / "fused", out) == 0
