@@ -19,7 +19,7 @@ from benchmarks.common import write_results
 from configs import smoke
 from ssrl_jax import parallel
 from ssrl_jax.collectives import collectives, summary
-from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build
+from ssrl_jax.experiment import Experiment, abstract_batch, abstract_state, build, view_specs
 from ssrl_jax.methods import METHODS
 from ssrl_jax.step import compile_step, make_train_step, never_trained
 
@@ -28,7 +28,7 @@ from ssrl_jax.step import compile_step, make_train_step, never_trained
 # here needs nothing.
 MOVED = {
   **dict.fromkeys(("simclr", "dcl", "supcon"), lambda b, v, m, e: 4 * b * m["out_dim"]),
-  **dict.fromkeys(("moco_v2", "finegrained"), lambda b, v, m, e: b * m["out_dim"]),
+  **dict.fromkeys(("moco_v2", "finegrained", "ressl"), lambda b, v, m, e: b * m["out_dim"]),
   "densecl": lambda b, v, m, e: 2 * b * m["out_dim"],  # two queues
   "moco_v3": lambda b, v, m, e: 2 * b * m["out_dim"],  # no gradient into keys
   "nnclr": lambda b, v, m, e: 5 * b * m["out_dim"],  # predictions, their gradient, the queue
@@ -84,7 +84,7 @@ def least_sent(experiment: Experiment) -> dict[str, float]:
   stats = lambda tree: sum(4 * x.size for x in jax.tree.leaves(tree))  # noqa: E731
   online = stats(state.method_state["batch_stats"])
   target = stats(state.method_state.get("target", {}).get("batch_stats", {}))
-  passes, b, v = len(experiment.method.views), config.batch_size, config.global_views.count
+  passes, b, v = len(view_specs(config)), config.batch_size, config.global_views.count
   _, metrics, watched = jax.eval_shape(
     make_train_step(experiment), state, abstract_batch(experiment)
   )

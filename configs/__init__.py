@@ -49,6 +49,12 @@ SMALL = {
   "w_mse": {"method.hidden_dim": 128, "method.out_dim": 32, "method.slice_size": 64},
   "lejepa": {"method.hidden_dim": 128, "method.out_dim": 32, "method.num_layers": 2},
   "swav": {**HEADS, "method.num_prototypes": 128, "method.freeze_epochs": 0.5},
+  "ressl": {
+    **HEADS,
+    "global_views.count": 1,
+    "method.queue_size": 1024,
+    "method.tau": 0.99,
+  },
   "dino": TEACHER,
   "ibot": {**VIT, **TEACHER},
   "dinov2": {**VIT, **TEACHER},

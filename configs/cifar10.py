@@ -8,7 +8,7 @@ Settings  solo-learn's for CIFAR and 1000 epochs (scripts/pretrain/cifar), where
           its LARS is our larc with clip_ratio. Epochs are 200 here: --config.epochs=1000 for theirs
 Expected  linear % after 1000 epochs, solo-learn's claims: simclr 90.7, moco_v2 92.9, moco_v3 93.1,
           nnclr 91.9, byol 92.6, simsiam 90.5, barlow_twins 92.1, vicreg 92.1, w_mse 88.7,
-          swav 89.2, dino 89.5, supcon 93.8; SIGReg 91.0 after 300 (eb_jepa's claim)
+          swav 89.2, ressl 90.6, dino 89.5, supcon 93.8; SIGReg 91.0 after 300 (eb_jepa's claim)
 Status    not run on a GPU; configs/cifar10_cpu.py is this data at a budget for two CPU cores, run
 """
 
@@ -101,6 +101,17 @@ METHODS = {
     "method.freeze_epochs": 2.0,
     "optim.learning_rate": 0.6,
     "optim.weight_decay": 1e-6,
+  },
+  # Of solo-learn but for the queue, of 4096 as in the paper: its own holds more than the set.
+  "ressl": {
+    **SGD,
+    "global_views.count": 1,
+    "global_views.saturation": 0.2,
+    "global_views.blur": (0.5,),
+    "method.queue_size": 4096,
+    "method.tau": 0.99,
+    "method.out_dim": 256,
+    "optim.learning_rate": 0.05,
   },
   "dino": {
     **ASYMMETRIC,

@@ -125,6 +125,12 @@ METHODS = {
     "optim.learning_rate": 0.3,
     "optim.final_fraction": 1e-3,
   },
+  "ressl": {
+    **MOCO,
+    "global_views.count": 1,
+    "optim.learning_rate": 0.05,
+    "optim.warmup_epochs": 5.0,
+  },
   "dino": {
     **ADAMW,
     **DINO_VIEWS,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssrl_jax.losses import contrastive, correlation, dense, distribution, prototypes
+from ssrl_jax.losses import consistency, contrastive, correlation, dense, distribution, prototypes
 from tests.methods.common import make_experiment, random_inputs
 
 # Sums, and what is steep: in bfloat16 a sum of ones stops at 256. Maxima and sigmoids are not.
@@ -74,6 +74,9 @@ MAPS = jnp.ones((2, 3, 4))
 PRODUCTS = {
   "nt_xent": lambda x: contrastive.nt_xent(x, ROWS, temperature=0.1),
   "info_nce_queue": lambda x: contrastive.info_nce_queue(x, ROWS, ROWS, temperature=0.1),
+  "relation_entropy": lambda x: consistency.relation_entropy(
+    x[:, None], ROWS, ROWS, temperature=0.1, teacher_temperature=0.1
+  ),
   "barlow_twins": lambda x: correlation.barlow_twins(x, ROWS, off_diagonal_weight=0.1),
   "whiten": lambda x: correlation.whiten(x, eps=0.1),
   "coding_rate": lambda x: distribution.coding_rate(x, eps=0.5),

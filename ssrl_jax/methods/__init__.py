@@ -18,6 +18,7 @@ from ssrl_jax.methods import (
   moco_v2,
   moco_v3,
   nnclr,
+  ressl,
   rotation,
   simclr,
   simmim,
@@ -48,6 +49,7 @@ METHODS = {
   "lejepa": lejepa.make,
   # prototypes and distillation
   "swav": swav.make,
+  "ressl": ressl.make,
   "dino": dino.make,
   "ibot": ibot.make,
   "dinov2": dinov2.make,

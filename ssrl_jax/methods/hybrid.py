@@ -79,7 +79,8 @@ def make(
   }
   first = next(iter(methods.values()))
   judged = Encoder(encoder_weights, first.encoder.apply)
-  return Method(views, init, loss, after_update, judged, constant, first.unit_variance, frozen)
+  seen = tuple(dict.fromkeys(spec for m in methods.values() for spec in m.views))
+  return Method(seen, init, loss, after_update, judged, constant, first.unit_variance, frozen)
 
 
 def make_terms(terms, weights, options, **arguments) -> dict[str, Method]:

@@ -52,3 +52,29 @@ def test_cosine_distance_gradient_is_that_of_differences():
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
   # It turns the vector and leaves its length alone.
   np.testing.assert_allclose(gradient @ x, 0, atol=1e-6)
+
+
+@jax.jit
+def relation_entropy(s, t, queue):
+  return consistency.relation_entropy(s, t, queue, temperature=0.1, teacher_temperature=0.04)
+
+
+def test_relation_entropy_by_hand():
+  queue = 2 * np.eye(2, dtype=np.float32)
+  # The teacher likes the first alone, but for exp(-25); of the student's cosines 1, 0 and 0, 1.
+  value = relation_entropy(np.float32([[[5, 0], [0, 1]]]), np.float32([[3, 0]]), queue)
+  near = np.log1p(np.exp(-10))
+  np.testing.assert_allclose(value, [[near, 10 + near]], rtol=1e-5, atol=1e-7)
+  # As like the one as the other: the teacher is undecided, and so should the student be.
+  value = relation_entropy(np.float32([[[1, 1], [1, 0]]]), np.float32([[1, 1]]), queue)
+  np.testing.assert_allclose(value, [[np.log(2), 5 + near]], rtol=1e-5)
+
+
+def test_relation_entropy_of_large_and_of_no_embeddings_is_finite():
+  rng = np.random.default_rng(0)
+  s, t, queue = (rng.normal(size=n).astype(np.float32) for n in ((4, 2, 3), (4, 3), (8, 3)))
+  total = jax.jit(jax.value_and_grad(lambda s: jnp.sum(relation_entropy(s, t, queue))))
+  for scale in (0.0, 1e-6, 1e4):
+    value, gradient = total(scale * s)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))

@@ -26,6 +26,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   "lejepa local": ("lejepa", LOCAL),
   "swav": ("swav", {"method.queue_size": 0}),
   "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
+  "ressl local": ("ressl", {"global_views.count": 2, **LOCAL}),
   "dinov2": ("dinov2", LOCAL),
   "simmim": ("simmim", {"method.mask_ratio": 0.25}),  # of noise only what it remembers is predicted
   "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
@@ -74,7 +75,7 @@ READS_LABELS = {"supcon", "supervised"}
 # How much a target keeps, where it is not BYOL's cosine: step / total steps, base -> tau.
 TAU = {
   "ijepa": lambda share, base: base + (1 - base) * share,
-  **dict.fromkeys(("moco_v2", "densecl", "finegrained"), lambda share, base: base),
+  **dict.fromkeys(("moco_v2", "densecl", "finegrained", "ressl"), lambda share, base: base),
 }
 # Options that make a method small, where it has them.
 TINY = {

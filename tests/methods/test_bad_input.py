@@ -7,9 +7,9 @@ from ssrl_jax.config import change, view_group
 from ssrl_jax.experiment import abstract_state, build
 from ssrl_jax.methods import METHODS
 
-WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "dino", "ibot", "dinov2"}
+WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "ressl", "dino", "ibot", "dinov2"}
 MASKED = ("mae", "simmim", "ijepa", "ibot", "dinov2")
-QUEUES = ("moco_v2", "nnclr", "densecl", "finegrained", "swav")
+QUEUES = ("moco_v2", "nnclr", "densecl", "finegrained", "swav", "ressl")
 
 
 def make(method, changes, *, num_classes=10):
@@ -27,7 +27,8 @@ def test_local_views_are_refused_where_nothing_looks_at_them(name):
 
 @pytest.mark.parametrize("name", sorted(WITH_LOCAL_VIEWS))
 def test_local_views_are_taken_where_something_does(name):
-  assert len(make(name, {"local_views": view_group(count=2, size=16)}).method.views) == 2
+  views = make(name, {"local_views": view_group(count=2, size=16)}).method.views
+  assert [v.name for v in views][:2] == ["global", "local"]
 
 
 @pytest.mark.parametrize("name", QUEUES)
@@ -93,6 +94,9 @@ def test_option_of_another_method_is_refused_with_the_nearest():
     ("lejepa", {"method.sigreg_weight": 2.0}, "sigreg_weight is 2.0; expected 0 to 1"),
     ("dino", {"method.centring": "center"}, "centring 'center'; expected one of"),
     ("simclr", {"method.temperature": 0.0}, "temperature is 0.0; it must be positive"),
+    ("ressl", {"method.temperature": 0.0}, "temperature is 0.0; it must be positive"),
+    ("ressl", {"method.teacher_temperature": 0.0}, "teacher_temperature is 0.0; it must be pos"),
+    ("ressl", {"method.tau": 1.0}, "tau is 1.0; it must be above 0 and below 1"),
     ("byol", {"method.tau": 1.5}, "tau is 1.5; it must be above 0 and below 1"),
     ("fusion", {"method.place_grid": 0}, "place_grid is 0; expected 1 or more"),
     ("fusion", {"method.place_weight": -1.0}, "place_weight is -1.0; expected 0 or more"),

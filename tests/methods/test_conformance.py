@@ -128,7 +128,7 @@ def test_encoder_may_need_randomness(name):
 
 
 DISTILLED = ("dino", "ibot", "dinov2", "ijepa")  # judged is the target
-TARGETS = ("byol", "moco_v2", "moco_v3", "densecl", "finegrained", *DISTILLED)
+TARGETS = ("byol", "moco_v2", "moco_v3", "ressl", "densecl", "finegrained", *DISTILLED)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -287,7 +287,7 @@ def test_loss_is_a_function_of_its_arguments(case):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_views_that_a_method_cannot_use_are_refused(name):
-  takes_one = ("mae", "simmim", "ijepa", "jigsaw", "supervised")
+  takes_one = ("ressl", "mae", "simmim", "ijepa", "jigsaw", "supervised")
   few = [] if name in takes_one else [{"global_views.count": 1}]
   for overrides in (
     *few,

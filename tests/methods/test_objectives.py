@@ -31,6 +31,7 @@ from ssrl_jax.methods import (
   moco_v2,
   moco_v3,
   nnclr,
+  ressl,
   rotation,
   simclr,
   simmim,
@@ -520,6 +521,49 @@ def test_swav_codes_from_the_queue(monkeypatch, queue_start, first):
   for t in range(2):
     expected = np.concatenate([unit(z[:, t]), queue[t, :B]])
     np.testing.assert_allclose(after[t], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_ressl_likens_the_student_s_views_to_the_queue_as_the_teacher_s_weak_one(
+  monkeypatch, num_local
+):
+  """ressl.py: 0.1 for the student, 0.04 for the teacher, the queue of before this batch."""
+  z, local = embeddings(2), embeddings(num_local, seed=1) if num_local else None
+  weak, rng = embeddings(1, seed=2), np.random.default_rng(1)
+  queue = unit(rng.normal(size=(2 * B, P))).astype(np.float32)
+
+  def reference(z):
+    student, loss = z if local is None else np.concatenate([z, local], axis=1), 0.0
+    for i in range(B):
+      relations = softmax64(queue @ unit(weak[i, 0]) / 0.04)
+      for v in range(student.shape[1]):
+        likeness = log_softmax64(queue @ unit(student[i, v]) / 0.1)
+        loss -= relations @ likeness / B / student.shape[1]
+    return loss
+
+  method = make(monkeypatch, ressl, queue_size=2 * B, out_dim=P)
+  state = {"queue": jnp.asarray(queue), **target()}
+  options = {"state": state, "local_BVP": local, "weak": weak[:, :, None, None]}
+  check(method, z, reference, rtol=1e-3, **options)
+  _, aux = loss_of(method, z, **options)
+  pushed = np.concatenate([unit(weak[:, 0]), queue[:B]])
+  np.testing.assert_allclose(aux.method_state["queue"], pushed, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(aux.targets, unit(weak[:, 0]), rtol=1e-5, atol=1e-6)
+
+
+def test_ressl_s_teacher_sees_a_crop_and_a_flip_of_the_student_s_kind(monkeypatch):
+  """data/augmentation.py: target_aug is moco_aug without jitter, greyscale and blur."""
+  strong = ViewSpec(
+    "global", count=3, size=24, area=(0.2, 1.0), blur=(0.5,), solarise=(0.0, 0.1, 0.2), noise=(0.3,)
+  )
+  method = ressl.make(encoder=Given(), views=(strong,), run=RUN, queue_size=B)
+  plain = ViewSpec("weak", count=1, size=24, area=(0.2, 1.0), jitter=0.0, greyscale=0.0)
+  assert method.views == (strong, plain)
+  options = {"ressl": {"queue_size": B}, "byol": {}}
+  both = hybrid.make(
+    encoder=Given(), views=(strong,), run=RUN, terms=("byol", "ressl"), options=options
+  )
+  assert both.views == (strong, plain)
 
 
 @pytest.mark.parametrize("module", [swav, dino])
