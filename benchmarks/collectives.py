@@ -39,6 +39,7 @@ MOVED = {
 }
 SUMMED = {
   "barlow_twins": lambda b, v, m, e: m["out_dim"] ** 2,
+  "tico": lambda b, v, m, e: m["out_dim"] ** 2,
   "vicreg": lambda b, v, m, e: v * m["out_dim"] ** 2,
   # Beside it two covariances for each match, by place and by feature, in both directions.
   "vicregl": lambda b, v, m, e: v * m["out_dim"] ** 2 + 8 * m["num_matches"] * m["maps_dim"] ** 2,

@@ -46,6 +46,7 @@ SMALL = {
   },
   "barlow_twins": {"method.hidden_dim": 256, "method.out_dim": 256, "method.num_layers": 2},
   "vicreg": {"method.hidden_dim": 256, "method.out_dim": 256, "method.num_layers": 2},
+  "tico": {**HEADS},
   "w_mse": {"method.hidden_dim": 128, "method.out_dim": 32, "method.slice_size": 64},
   "lejepa": {"method.hidden_dim": 128, "method.out_dim": 32, "method.num_layers": 2},
   "swav": {**HEADS, "method.num_prototypes": 128, "method.freeze_epochs": 0.5},

@@ -83,6 +83,12 @@ METHODS = {
     "method.out_dim": 2048,
     "optim.learning_rate": 0.3,
   },
+  # As byol: nobody's for CIFAR are known.
+  "tico": {
+    **ASYMMETRIC,
+    "optim.learning_rate": 1.0,
+    "optim.weight_decay": 1e-5,
+  },
   "w_mse": {
     **ADAM,
     "method.iterations": 4,

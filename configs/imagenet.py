@@ -80,6 +80,8 @@ METHODS = {
   "simsiam": {**MOCO, "batch_size": 512, "optim.learning_rate": 0.05},
   "barlow_twins": {**LARC, **BYOL_VIEWS, "batch_size": 2048, "optim.learning_rate": 0.2},
   "vicreg": {**LARC, **BYOL_VIEWS, "batch_size": 512, "optim.learning_rate": 0.3},
+  # Lightly's benchmark, but for its batch of 256.
+  "tico": {**LARC, **BYOL_VIEWS, "optim.learning_rate": 0.2, "optim.weight_decay": 1.5e-6},
   "w_mse": {
     **ADAMW,
     **MOCO_VIEWS,

@@ -82,6 +82,9 @@ PRODUCTS = {
   "coding_rate": lambda x: distribution.coding_rate(x, eps=0.5),
   "coding_rate of few": lambda x: distribution.coding_rate(x[:3], eps=0.5),
   "variance_covariance": distribution.variance_covariance,
+  "covariance_contrast": lambda x: distribution.covariance_contrast(
+    x, jnp.ones((4, 4)), momentum=0.9
+  )[0],
   "sigreg": lambda x: distribution.sigreg(x, jax.random.key(0), num_directions=4),
   "cross_view_entropy": lambda x: prototypes.cross_view_entropy(
     MAPS, x.reshape(2, 4, 4)[:, :3], temperature=0.1

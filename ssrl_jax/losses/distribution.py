@@ -90,3 +90,24 @@ def koleo(z_BP: Array) -> Array:
   nearest_B = jnp.argmax(jnp.where(same_BB, -jnp.inf, exact_matmul(z_BP, z_BP.T)), axis=1)
   distance_B = jnp.linalg.norm(z_BP - z_BP[nearest_B] + 1e-8, axis=1)
   return -jnp.mean(jnp.log(distance_B + 1e-8))
+
+
+def covariance_contrast(z_BP: Array, past_PP: Array, *, momentum: float) -> tuple[Array, Array]:
+  """Mean squared length of the embeddings along the moving average of their own second moments.
+
+  Zhu et al. 2022 (TiCo): mean_b z_b' C z_b, C = momentum past + (1 - momentum) Z'Z / B, not
+  centred; as lightly's loss/tico_loss.py: this batch is in C, with gradient, the past has none.
+
+  Args:
+    z_BP: embeddings, any scale; rows are brought to unit length first.
+    past_PP: C of the step before, 0 at the first.
+    momentum: kept of it, in (0, 1).
+
+  Returns:
+    A scalar in [0, 1], at least 1 / P where C is the batch's moments; and C, without gradient.
+  """
+  z_BP = normalise(z_BP)
+  moments_PP = exact_matmul(z_BP.T, z_BP) / len(z_BP)
+  c_PP = momentum * jax.lax.stop_gradient(past_PP) + (1 - momentum) * moments_PP
+  # The mean over the batch is a trace: of what the devices hold, only the moments are summed.
+  return jnp.sum(c_PP * moments_PP), jax.lax.stop_gradient(c_PP)

@@ -26,6 +26,7 @@ from ssrl_jax.methods import (
   supcon,
   supervised,
   swav,
+  tico,
   vicreg,
   vicregl,
   w_mse,
@@ -45,6 +46,7 @@ METHODS = {
   "simsiam": simsiam.make,
   "barlow_twins": barlow_twins.make,
   "vicreg": vicreg.make,
+  "tico": tico.make,
   "w_mse": w_mse.make,
   "lejepa": lejepa.make,
   # prototypes and distillation

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ coding_rate = jax.jit(distribution.coding_rate)
 variance_covariance = jax.jit(distribution.variance_covariance)
 sigreg = jax.jit(distribution.sigreg, static_argnames="num_directions")
 koleo = jax.jit(distribution.koleo)
+covariance_contrast = jax.jit(functools.partial(distribution.covariance_contrast, momentum=0.9))
 
 
 def coding_rate64(z, eps):
@@ -149,6 +152,29 @@ def test_sigreg_asks_for_unit_variance(wrong):
   assert sigreg(wrong * z, jax.random.key(0)) > 10 * sigreg(z, jax.random.key(0))
 
 
+def tico64(z, earlier):
+  z = z / np.linalg.norm(z, axis=1, keepdims=True)
+  c = 0.9 * earlier + 0.1 * sum(np.outer(row, row) for row in z) / len(z)
+  return sum(row @ c @ row for row in z) / len(z)
+
+
+def past(p):
+  x = np.random.default_rng(3).normal(size=(2 * p, p)).astype(np.float32)
+  return x.T @ x / np.sum(x**2)
+
+
+def test_covariance_contrast_by_hand():
+  """Of rows that fill P directions alike 1 / P, of equal rows 1, once C is theirs."""
+  alike, equal = np.eye(4, dtype=np.float32), np.tile(np.float32([[0, 3, 0, 0]]), (5, 1))
+  for z, first, last in ((alike, 0.1 / 4, 1 / 4), (equal, 0.1, 1)):
+    value, c = covariance_contrast(z, np.zeros((4, 4), np.float32))
+    np.testing.assert_allclose(value, first, rtol=1e-5)
+    for _ in range(150):
+      value, c = covariance_contrast(z, c)
+    np.testing.assert_allclose(value, last, rtol=1e-5)
+    np.testing.assert_allclose(np.trace(c), 1, rtol=1e-5)
+
+
 OBJECTIVES = {
   "coding_rate": (lambda z: distribution.coding_rate(z, eps=0.2), lambda z: coding_rate64(z, 0.2)),
   "variance": (lambda z: distribution.variance_covariance(z)[0], lambda z: vicreg64(z)[0]),
@@ -157,6 +183,10 @@ OBJECTIVES = {
   "sigreg": (
     lambda z: distribution.sigreg(z, jax.random.key(0), num_directions=4),
     lambda z: epps_pulley64(z[:, 0]),
+  ),
+  "covariance_contrast": (
+    lambda z: distribution.covariance_contrast(z, past(z.shape[1]), momentum=0.9)[0],
+    lambda z: tico64(z, past(z.shape[1])),
   ),
 }
 

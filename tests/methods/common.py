@@ -69,8 +69,9 @@ CASES = {name: (name, {}) for name in METHODS} | {
   ),
 }
 SLOW = {"fusion momentum none local"}
-# What the loss reads as data. A queue of the same batch again and again would raise the loss.
-DATA = ("queue", "centre")
+# What the loss reads as data. A queue of the same batch again and again would raise the loss, and
+# so would the covariance that begins at 0.
+DATA = ("queue", "centre", "covariance")
 READS_LABELS = {"supcon", "supervised"}
 # How much a target keeps, where it is not BYOL's cosine: step / total steps, base -> tau.
 TAU = {

@@ -37,6 +37,7 @@ TINY = {
 CASES = {
   "byol": (100, {"method.tau": 0.9}, {"method.predictor": False}, "complete"),
   "simsiam": (150, {}, {"method.stop_gradient": False}, "dimensional"),
+  "tico": (100, {"method.tau": 0.9}, {"method.covariance_weight": 0.0}, "complete"),
   "vicreg": (75, {}, {"method.variance_weight": 0.0}, "complete"),
   "dino": (75, {"method.tau": 0.9}, {"method.centring": "none"}, "complete"),
 }

@@ -128,7 +128,8 @@ def test_encoder_may_need_randomness(name):
 
 
 DISTILLED = ("dino", "ibot", "dinov2", "ijepa")  # judged is the target
-TARGETS = ("byol", "moco_v2", "moco_v3", "ressl", "densecl", "finegrained", *DISTILLED)
+CONTRASTED = ("moco_v2", "moco_v3", "ressl", "densecl", "finegrained")
+TARGETS = ("byol", "tico", *CONTRASTED, *DISTILLED)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -39,6 +39,7 @@ from ssrl_jax.methods import (
   supcon,
   supervised,
   swav,
+  tico,
   vicreg,
   vicregl,
   w_mse,
@@ -298,6 +299,38 @@ def test_vicreg_halves_the_variance_and_not_the_covariance(monkeypatch):
     return 25 * mse + 25 * (hinges[0] / 2 + hinges[1] / 2) + 1 * (squares[0] + squares[1])
 
   check(make(monkeypatch, vicreg), z, reference)
+
+
+def test_tico_meets_the_target_and_keeps_away_from_the_covariance(monkeypatch):
+  """lightly's tico_loss.py: 1 - cos to the other view + rho z' C z, C with this batch in it."""
+  z, rng = embeddings(2), np.random.default_rng(1)
+  earlier = unit(rng.normal(size=(3 * B, P)))
+  past, fixed = earlier.T @ earlier / len(earlier), unit(z[:, 1])
+
+  def covariance(z):
+    rows = [unit(z[i, 0]) for i in range(B)]
+    return 0.9 * past + (1 - 0.9) * sum(np.outer(x, x) for x in rows) / B
+
+  def reference(z):
+    c, loss = covariance(z), 0.0
+    for i in range(B):
+      x = unit(z[i, 0])
+      loss += (1 - x @ fixed[i] + 20 * x @ c @ x) / B
+    return loss
+
+  method = make(monkeypatch, tico, out_dim=P)
+  state = {"covariance": jnp.asarray(past, jnp.float32), **target()}
+  check(method, z, reference, rtol=1e-3, state=state)
+  _, aux = loss_of(method, z, state=state)
+  after = aux.method_state["covariance"]
+  np.testing.assert_allclose(after, covariance(z.astype(np.float64)), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(aux.targets, z[:, 1])
+
+
+def test_tico_s_covariance_begins_at_0():
+  method = tico.make(encoder=Given(), views=views(), run=RUN, hidden_dim=4, out_dim=P)
+  _, state = method.init(jax.random.key(0), {"global": jnp.zeros((B, 2, 1, 1, P))})
+  np.testing.assert_array_equal(state["covariance"], np.zeros((P, P)))
 
 
 def test_w_mse_whitens_each_view_of_each_slice(monkeypatch):
