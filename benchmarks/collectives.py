@@ -33,6 +33,7 @@ MOVED = {
   "moco_v3": lambda b, v, m, e: 2 * b * m["out_dim"],  # no gradient into keys
   "nnclr": lambda b, v, m, e: 5 * b * m["out_dim"],  # predictions, their gradient, the queue
   "w_mse": lambda b, v, m, e: 2 * v * b * m["out_dim"],
+  "mmcr": lambda b, v, m, e: b * m["out_dim"],  # images' means; each device decomposes all
   "dinov2": lambda b, v, m, e: 2 * v * b * m["dim"],  # KoLeo's class tokens and their gradient
   "swav": lambda b, v, m, e: 2 * b * m["out_dim"] * (m["queue_size"] > 0),
   "hybrid": lambda b, v, m, e: MOVED["simclr"](b, v, m["options"]["simclr"], e),

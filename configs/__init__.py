@@ -49,6 +49,7 @@ SMALL = {
   "tico": {**HEADS},
   "w_mse": {"method.hidden_dim": 128, "method.out_dim": 32, "method.slice_size": 64},
   "lejepa": {"method.hidden_dim": 128, "method.out_dim": 32, "method.num_layers": 2},
+  "mmcr": {"method.hidden_dim": 128, "method.out_dim": 64, "method.num_layers": 2},
   "swav": {**HEADS, "method.num_prototypes": 128, "method.freeze_epochs": 0.5},
   "ressl": {
     **HEADS,

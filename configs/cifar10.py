@@ -101,6 +101,16 @@ METHODS = {
     "optim.learning_rate": 2e-3,
     "optim.weight_decay": 5e-4,
   },
+  "mmcr": {  # the official CIFAR run's but for its 500 epochs, constant rate and L2 decay
+    **ADAM,
+    "batch_size": 32,
+    "global_views.count": 40,
+    "method.hidden_dim": 512,
+    "method.out_dim": 128,
+    "method.num_layers": 2,
+    "optim.learning_rate": 1e-3,
+    "optim.weight_decay": 1e-6,
+  },
   "swav": {
     "method.queue_size": 3840 // 512 * 512,
     "method.queue_start": 50.0,

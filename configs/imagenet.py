@@ -113,6 +113,17 @@ METHODS = {
     "optim.scale_by_batch": False,
     "optim.weight_decay": 5e-4,
   },
+  "mmcr": {
+    **LARC,
+    **BYOL_VIEWS,
+    "global_views.count": 8,
+    "global_views.blur": (1.0, 0.1) * 4,
+    "global_views.solarise": (0.0, 0.2) * 4,
+    "batch_size": 2048,
+    "method.momentum": True,
+    "optim.learning_rate": 0.8,
+    "optim.final_fraction": 1e-3,
+  },
   "swav": {
     **LARC,
     "global_views.area": (0.14, 1.0),

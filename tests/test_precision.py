@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssrl_jax.losses import consistency, contrastive, correlation, dense, distribution, prototypes
+from ssrl_jax.losses import (
+  consistency,
+  contrastive,
+  correlation,
+  dense,
+  distribution,
+  factor,
+  prototypes,
+)
 from tests.methods.common import make_experiment, random_inputs
 
 # Sums, and what is steep: in bfloat16 a sum of ones stops at 256. Maxima and sigmoids are not.
@@ -81,6 +89,7 @@ PRODUCTS = {
   "whiten": lambda x: correlation.whiten(x, eps=0.1),
   "coding_rate": lambda x: distribution.coding_rate(x, eps=0.5),
   "coding_rate of few": lambda x: distribution.coding_rate(x[:3], eps=0.5),
+  "nuclear_norm": factor.nuclear_norm,
   "variance_covariance": distribution.variance_covariance,
   "covariance_contrast": lambda x: distribution.covariance_contrast(
     x, jnp.ones((4, 4)), momentum=0.9

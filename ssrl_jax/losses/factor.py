@@ -1,4 +1,4 @@
-"""Inverse Cholesky factors."""
+"""Inverse Cholesky factors, nuclear norms."""
 
 from __future__ import annotations
 
@@ -47,3 +47,28 @@ def _backward(w_PP: Array, dw_PP: Array) -> tuple[Array]:
 
 
 inverse_cholesky.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def nuclear_norm(x_MN: Array) -> Array:
+  """The sum of the singular values; a scalar, at most sqrt(min(M, N)) times the Frobenius norm.
+
+  The gradient is U V' of x = U S V', whichever vectors are found for singular values that coincide.
+  In directions without any (up to 1e-6 of the largest) the norm has a kink, and they get no
+  gradient: the smallest of the subgradients, and what central differences give. So it is finite
+  for every finite matrix, and 0 for zeros. As above, on a CPU a batch is taken one after another.
+  """
+  return _norm_and_gradient(x_MN)[0]
+
+
+def _norm_and_gradient(x_MN: Array) -> tuple[Array, Array]:
+  return lax.platform_dependent(x_MN, cpu=sequential_vmap(_decompose), default=_decompose)
+
+
+def _decompose(x_MN: Array) -> tuple[Array, Array]:
+  u_MK, s_K, v_KN = jnp.linalg.svd(x_MN, full_matrices=False)
+  there_K = s_K > 1e-6 * s_K[0]
+  return jnp.sum(s_K), exact_matmul(jnp.where(there_K[None, :], u_MK, 0), v_KN)
+
+
+nuclear_norm.defvjp(_norm_and_gradient, lambda gradient_MN, d: (d * gradient_MN,))

@@ -15,6 +15,7 @@ from ssrl_jax.methods import (
   jigsaw,
   lejepa,
   mae,
+  mmcr,
   moco_v2,
   moco_v3,
   nnclr,
@@ -49,6 +50,7 @@ METHODS = {
   "tico": tico.make,
   "w_mse": w_mse.make,
   "lejepa": lejepa.make,
+  "mmcr": mmcr.make,
   # prototypes and distillation
   "swav": swav.make,
   "ressl": ressl.make,

@@ -24,6 +24,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   "simclr block": ("simclr", {"method.block": 3}),
   "byol local": ("byol", LOCAL),
   "lejepa local": ("lejepa", LOCAL),
+  "mmcr momentum": ("mmcr", {"method.momentum": True, "method.within_weight": 0.1}),
   "swav": ("swav", {"method.queue_size": 0}),
   "swav queue local": ("swav", {"method.queue_size": 16, "method.queue_start": 0.0, **LOCAL}),
   "ressl local": ("ressl", {"global_views.count": 2, **LOCAL}),
@@ -76,7 +77,9 @@ READS_LABELS = {"supcon", "supervised"}
 # How much a target keeps, where it is not BYOL's cosine: step / total steps, base -> tau.
 TAU = {
   "ijepa": lambda share, base: base + (1 - base) * share,
-  **dict.fromkeys(("moco_v2", "densecl", "finegrained", "ressl"), lambda share, base: base),
+  **dict.fromkeys(
+    ("moco_v2", "densecl", "finegrained", "ressl", "mmcr"), lambda share, base: base
+  ),
 }
 # Options that make a method small, where it has them.
 TINY = {

@@ -115,6 +115,8 @@ def test_option_of_another_method_is_refused_with_the_nearest():
     ("ibot", {"method.mask_ratio": (0.5, 0.1)}, r"mask_ratio is \(0.5, 0.1\); expected the lower"),
     ("ijepa", {"method.target_area": (15.0, 20.0)}, "target_area is .*at most 1"),
     ("ijepa", {"method.target_aspect": (0.0, 1.5)}, "target_aspect is .*above 0"),
+    ("mmcr", {"method.tau": 1.0}, "tau is 1.0; it must be above 0 and below 1"),
+    ("mmcr", {"method.within_weight": -0.5}, "within_weight is -0.5; expected 0 or more"),
     ("w_mse", {"method.eps": 2.0}, "eps is 2.0; it must be between 0 and 1"),
     ("fusion", {"method.constraint": "sigreg"}, "'sigreg' with place_weight 1.0; set place_weight"),
     ("vicregl", {"method.num_matches": 0}, "num_matches is 0; expected 1 or more"),

@@ -28,6 +28,7 @@ from ssrl_jax.methods import (
   jigsaw,
   lejepa,
   mae,
+  mmcr,
   moco_v2,
   moco_v3,
   nnclr,
@@ -480,6 +481,43 @@ def test_vicregl(monkeypatch):
   gradient = jax.grad(lambda m: maps_loss(method, m, given=given)[0])(maps)
   expected = differences(reference, fixed).reshape(maps.shape)
   np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_global", [2, 3])
+@pytest.mark.parametrize("within_weight", [0.0, 0.4])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_mmcr_is_the_nuclear_norm_of_the_means(monkeypatch, num_global, within_weight, momentum):
+  """loss_mmcr.py: lmbda * local_nuc / batch_size - global_nuc; loss_mmcr_momentum.py's means."""
+  z = embeddings(num_global)
+  fixed = unit(z).mean(axis=1)  # the target's, which here is as the online network
+  singular = lambda x: np.linalg.svd(x, compute_uv=False)  # noqa: E731
+
+  def reference(z):
+    z = unit(z)
+    means = np.stack([sum(views) / num_global for views in z])
+    if momentum:
+      means = (means + fixed) / 2
+    within = sum(sum(singular(views)) for views in z) / B
+    return within_weight * within - sum(singular(means))
+
+  options = {"within_weight": within_weight, "momentum": momentum}
+  method = make(monkeypatch, mmcr, num_global=num_global, **options)
+  check(method, z, reference, state=target() if momentum else None)
+
+
+def test_mmcr_is_least_where_views_agree_and_images_are_orthogonal(monkeypatch):
+  method = make(monkeypatch, mmcr)
+  apart = np.tile(np.eye(B, dtype=np.float32)[:, None], (1, 2, 1))
+  np.testing.assert_allclose(loss_of(method, 3 * apart)[0], -B, rtol=1e-6)
+  apart[1] = apart[0]  # two images alike
+  np.testing.assert_allclose(loss_of(method, apart)[0], -(B - 2 + np.sqrt(2)), rtol=1e-6)
+  one = np.ones((B, 2, P), np.float32)
+  value, gradient = value_and_gradient(method)(one)
+  np.testing.assert_allclose(value, -np.sqrt(B), rtol=1e-6)
+  np.testing.assert_allclose(gradient, 0, atol=1e-6)
+  z = embeddings(2)
+  disagree = np.stack([z[:, 0], -z[:, 0]], axis=1)
+  np.testing.assert_allclose(loss_of(method, disagree)[0], 0, atol=1e-6)
 
 
 # --- Prototypes.
