@@ -51,6 +51,7 @@ SUMMED = {
   "dino": lambda b, v, m, e: m["num_prototypes"],
   "ibot": lambda b, v, m, e: 2 * m["num_prototypes"],
   "dinov2": lambda b, v, m, e: 2 * 2 * m["num_prototypes"] * 3,  # Sinkhorn of class and patches
+  "msn": lambda b, v, m, e: m["num_prototypes"] * (1 + 2 * 3 * m["balance"]),  # mean, Sinkhorn
   "fusion": lambda b, v, m, e: v * e * m["out_dim"] ** 2,  # for batches above out_dim
   "hybrid": lambda b, v, m, e: SUMMED["vicreg"](b, v, m["options"]["vicreg"], e),
 }

@@ -60,6 +60,7 @@ SMALL = {
   "dino": TEACHER,
   "ibot": {**VIT, **TEACHER},
   "dinov2": {**VIT, **TEACHER},
+  "msn": {**VIT, **HEADS, "method.num_prototypes": 256, "method.tau": 0.99},
   "mae": {
     **VIT,
     "global_views.count": 1,

@@ -156,6 +156,13 @@ METHODS = {
     "optim.final_weight_decay": 0.4,
     "optim.clip_norm": 3.0,
   },
+  "msn": {  # none known; the official ImageNet run's heads and decay
+    **VIT,
+    "global_views.area": (0.3, 1.0),
+    "optim.weight_decay": 0.04,
+    "optim.final_weight_decay": 0.4,
+    "optim.clip_norm": 3.0,
+  },
   "mae": {**VIT, **PLAIN_VIEW, "method.decoder_dim": 192, "method.decoder_depth": 4},
   "simmim": {**VIT, **PLAIN_VIEW, "encoder.vit.pool": "mean", "method.mask_size": 8},
   "ijepa": {

@@ -25,14 +25,14 @@ def get_table(budget: str) -> Table:
     rows.append(Row("raw pixels", train("simclr"), encoder="raw_pixels"))
     text = (
       "CIFAR-10, 5,000 training images, 6 epochs, batch 128, one seed; ResNet-8 of width 16, for "
-      "ibot, dinov2, mae, simmim and ijepa vit_nano with patches of 4; AdamW; the learning "
+      "ibot, dinov2, msn, mae, simmim and ijepa vit_nano with patches of 4; AdamW; the learning "
       "rate as configs/cifar10_cpu.py has it: for ResNets the better of 2e-2 and 2e-3, chosen on "
       "the test pictures."
     )
   else:
     text = (
-      "ImageNet-1k, ResNet-50 (ViT-S or ViT-B for dino, ibot, dinov2, mae, simmim, ijepa), as "
-      "configs/imagenet.py."
+      "ImageNet-1k, ResNet-50 (ViT-S or ViT-B for dino, ibot, dinov2, msn, mae, simmim, ijepa), "
+      "as configs/imagenet.py."
     )
   columns = (
     Column("k-NN %", "frozen", "knn/accuracy"),

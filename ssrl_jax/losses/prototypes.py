@@ -55,6 +55,19 @@ def cross_entropy(target: Array, scores: Array, *, temperature: float) -> Array:
   return -jnp.sum(target * jax.nn.log_softmax(scores.astype(jnp.float32) / temperature), axis=-1)
 
 
+def mean_entropy_gap(scores: Array, *, temperature: float) -> Array:
+  """log K minus the entropy of the mean of softmax(scores / temperature); a scalar in [0, log K].
+
+  The mean is over all axes but the last. Assran et al. 2022 (MSN), equation 1, whose regulariser is
+  minus that entropy ("me-max"); the official losses.py adds log K, too.
+  """
+  p_NK = jax.nn.softmax(scores.astype(jnp.float32) / temperature).reshape(-1, scores.shape[-1])
+  mean_K = jnp.mean(p_NK, axis=0)
+  # An entry that underflows to 0 would have an infinite gradient.
+  log_K = jnp.log(jnp.maximum(mean_K, jnp.finfo(jnp.float32).tiny))
+  return jnp.log(len(mean_K)) + jnp.sum(mean_K * log_K)
+
+
 def cross_view_entropy(target_BTK: Array, scores_BVK: Array, *, temperature: float) -> Array:
   """Mean cross-entropy over all pairs of a target view t and another view v; scalar.
 

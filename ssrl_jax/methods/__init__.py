@@ -18,6 +18,7 @@ from ssrl_jax.methods import (
   mmcr,
   moco_v2,
   moco_v3,
+  msn,
   nnclr,
   ressl,
   rotation,
@@ -57,6 +58,7 @@ METHODS = {
   "dino": dino.make,
   "ibot": ibot.make,
   "dinov2": dinov2.make,
+  "msn": msn.make,
   # masked
   "mae": mae.make,
   "simmim": simmim.make,

@@ -172,6 +172,28 @@ def test_cross_view_entropy_gradients_are_those_of_differences():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_mean_entropy_gap_is_the_official_regulariser():
+  """losses.py: rloss = -sum log(avg^-avg) + log K, avg the mean over all anchors."""
+  scores = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
+
+  def gap(scores):
+    avg = sum(softmax64(row / 0.3) for row in scores.reshape(-1, 4)) / 15
+    return sum(p * np.log(p) for p in avg) + np.log(4)
+
+  function = jax.value_and_grad(lambda s: prototypes.mean_entropy_gap(s, temperature=0.3))
+  value, gradient = jax.jit(function)(scores)
+  np.testing.assert_allclose(value, gap(scores.astype(np.float64)), rtol=1e-5)
+  np.testing.assert_allclose(gradient, differences(gap, scores), rtol=1e-3, atol=1e-6)
+
+
+def test_mean_entropy_gap_by_hand():
+  gap = lambda rows: prototypes.mean_entropy_gap(np.float32(rows), temperature=1.0)  # noqa: E731
+  np.testing.assert_allclose(gap(50 * np.eye(4)), 0, atol=1e-6)  # sure, and all are used alike
+  np.testing.assert_allclose(gap(np.zeros((3, 4))), 0, atol=1e-6)
+  np.testing.assert_allclose(gap(np.tile([50, 0, 0, 0], (3, 1))), np.log(4), rtol=1e-6)
+  np.testing.assert_allclose(gap([[50, 0, 0, 0], [0, 50, 0, 0]]), np.log(2), rtol=1e-6)
+
+
 def test_everything_stays_finite_at_extreme_scores():
   target, scores = views(2, 3)
 
@@ -181,7 +203,8 @@ def test_everything_stays_finite_at_extreme_scores():
     teacher = prototypes.centred_softmax(scores, 10 * scores[0, 0], temperature=0.01)
     one = prototypes.cross_entropy(teacher, scores, temperature=0.01)
     pairs = prototypes.cross_view_entropy(target, scores, temperature=0.01)
-    return jnp.sum(codes[:, 0]) + jnp.sum(one) + pairs
+    gap = prototypes.mean_entropy_gap(scores, temperature=0.01)
+    return jnp.sum(codes[:, 0]) + jnp.sum(one) + pairs + gap
 
   for scale in (0.0, 1e-6, 1.0, 1e4):
     value, gradient = jax.value_and_grad(total)(np.float32(scale) * scores)

@@ -30,6 +30,7 @@ CASES = {name: (name, {}) for name in METHODS} | {
   "ressl local": ("ressl", {"global_views.count": 2, **LOCAL}),
   "dinov2": ("dinov2", LOCAL),
   "simmim": ("simmim", {"method.mask_ratio": 0.25}),  # of noise only what it remembers is predicted
+  "msn": ("msn", LOCAL),
   "dino sinkhorn local": ("dino", {"method.centring": "sinkhorn", **LOCAL}),
   "moco_v3 vit": ("moco_v3", {**VIT, "method.predictor_norm": True}),
   "hybrid byol mae": (
@@ -77,6 +78,7 @@ READS_LABELS = {"supcon", "supervised"}
 # How much a target keeps, where it is not BYOL's cosine: step / total steps, base -> tau.
 TAU = {
   "ijepa": lambda share, base: base + (1 - base) * share,
+  "msn": lambda share, base: base + (1 - base) * share / 1.25,
   **dict.fromkeys(
     ("moco_v2", "densecl", "finegrained", "ressl", "mmcr"), lambda share, base: base
   ),

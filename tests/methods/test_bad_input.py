@@ -7,8 +7,8 @@ from ssrl_jax.config import change, view_group
 from ssrl_jax.experiment import abstract_state, build
 from ssrl_jax.methods import METHODS
 
-WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "ressl", "dino", "ibot", "dinov2"}
-MASKED = ("mae", "simmim", "ijepa", "ibot", "dinov2")
+WITH_LOCAL_VIEWS = {"fusion", "byol", "lejepa", "swav", "ressl", "dino", "ibot", "dinov2", "msn"}
+MASKED = ("mae", "simmim", "ijepa", "ibot", "dinov2", "msn")
 QUEUES = ("moco_v2", "nnclr", "densecl", "finegrained", "swav", "ressl")
 
 
@@ -115,6 +115,9 @@ def test_option_of_another_method_is_refused_with_the_nearest():
     ("ibot", {"method.mask_ratio": (0.5, 0.1)}, r"mask_ratio is \(0.5, 0.1\); expected the lower"),
     ("ijepa", {"method.target_area": (15.0, 20.0)}, "target_area is .*at most 1"),
     ("ijepa", {"method.target_aspect": (0.0, 1.5)}, "target_aspect is .*above 0"),
+    ("msn", {"method.mask_ratio": 1.0}, "mask_ratio is 1.0; it must be above 0 and below 1"),
+    ("msn", {"method.sharpen": 0.0}, "sharpen is 0.0; it must be positive"),
+    ("msn", {"method.entropy_weight": -1.0}, "entropy_weight is -1.0; expected 0 or more"),
     ("mmcr", {"method.tau": 1.0}, "tau is 1.0; it must be above 0 and below 1"),
     ("mmcr", {"method.within_weight": -0.5}, "within_weight is -0.5; expected 0 or more"),
     ("w_mse", {"method.eps": 2.0}, "eps is 2.0; it must be between 0 and 1"),

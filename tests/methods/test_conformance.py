@@ -127,7 +127,7 @@ def test_encoder_may_need_randomness(name):
   assert jax.eval_shape(experiment.method.loss, *arguments)[0].shape == ()
 
 
-DISTILLED = ("dino", "ibot", "dinov2", "ijepa")  # judged is the target
+DISTILLED = ("dino", "ibot", "dinov2", "msn", "ijepa")  # judged is the target
 CONTRASTED = ("moco_v2", "moco_v3", "ressl", "densecl", "finegrained")
 TARGETS = ("byol", "tico", *CONTRASTED, *DISTILLED)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ssrl_jax.losses.distribution import koleo
+from ssrl_jax.losses.masked import patchify
 from ssrl_jax.method import Features, Run, ViewSpec, linear_warmup, normalise
 from ssrl_jax.methods import (
   barlow_twins,
@@ -31,6 +32,7 @@ from ssrl_jax.methods import (
   mmcr,
   moco_v2,
   moco_v3,
+  msn,
   nnclr,
   ressl,
   rotation,
@@ -58,7 +60,7 @@ RUN = Run(batch_size=B, steps_per_epoch=10, total_steps=100, num_classes=10)
 class Given(nn.Module):
   """[N, h, w, C] -> these as the map, their first place as the pooled vector."""
 
-  def __call__(self, images, train):
+  def __call__(self, images, train, keep_BK=None):
     return Features(images[:, 0, 0], {4: images})
 
 
@@ -676,6 +678,43 @@ def test_dino(monkeypatch, num_local):
   np.testing.assert_allclose(aux.method_state["centre"], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("num_local", [0, 2])
+@pytest.mark.parametrize("balance", [False, True])
+def test_msn(monkeypatch, num_local, balance):
+  """losses.py: targets sharpened, then Sinkhorn, without gradient; their CE, me-max, entropy."""
+  z, local, proto = embeddings(3), embeddings(num_local, seed=1) if num_local else None, kernel()
+  weights = {"mean_entropy_weight": 0.7, "entropy_weight": 0.2}
+  sharp = []
+  for i in range(B):
+    p = softmax64(proto.astype(np.float64) @ unit(z[i, 0]) / 0.1) ** (1 / 0.25)
+    sharp.append(p / p.sum())
+  wanted = sinkhorn64(np.log(sharp), 1.0) if balance else np.stack(sharp)
+
+  def reference(z, proto=proto):
+    anchors = z[:, 1:] if local is None else np.concatenate([z[:, 1:], local], axis=1)
+    num, avg, loss = anchors.shape[1], 0.0, 0.0
+    for i in range(B):
+      for anchor in anchors[i]:
+        p = softmax64(unit(proto) @ unit(anchor) / 0.1)
+        loss -= wanted[i] @ np.log(p) / (B * num)
+        loss -= 0.2 * p @ np.log(p) / (B * num)
+        avg = avg + p / (B * num)
+    return loss + 0.7 * (avg @ np.log(avg) + np.log(K))
+
+  monkeypatch.setattr(msn, "check_vit", lambda name, encoder: 4)
+  options = {"num_prototypes": K, "out_dim": P, "balance": balance, **weights}
+  method = make(monkeypatch, msn, num_global=3, **options)
+  given = {"state": target(), "local_BVP": local}
+
+  def params(proto):
+    return {"prototypes": {"kernel": 3 * proto}}  # used at length 1
+
+  check(method, z, reference, rtol=1e-3, atol=1e-4, params=params(jnp.asarray(proto)), **given)
+  of_prototypes = jax.grad(lambda proto: loss_of(method, z, params=params(proto), **given)[0])
+  expected = differences(lambda proto: reference(z.astype(np.float64), proto), proto)
+  np.testing.assert_allclose(of_prototypes(proto), expected, rtol=1e-3, atol=1e-4)
+
+
 # --- Masked images.
 
 
@@ -822,6 +861,36 @@ def test_ijepa_sees_nothing_of_what_is_hidden():
     changed[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 1
     same = [np.array_equal(x, y) for x, y in zip(outputs(changed), outputs(image))]
     assert same == [hide_Bn[0, place]] * 2, place
+
+
+def test_msn_sees_of_an_anchor_what_is_kept_and_the_target_whole(monkeypatch):
+  """deit.py keeps floor(16 * (1 - 0.3)) = 11 patches of an anchor, and all of small views."""
+  rng, n = np.random.default_rng(0), 16
+  order = np.stack([rng.permutation(n) for _ in range(2 * B)])
+  monkeypatch.setattr(msn, "random_order", lambda key, batch, num: jnp.asarray(order))
+  specs = (ViewSpec("global", count=3, size=8), ViewSpec("local", count=1, size=4))
+  tiny = {"num_prototypes": K, "hidden_dim": 6, "out_dim": P, "mask_ratio": 0.3}
+  method = msn.make(encoder=TINY_VIT, views=specs, run=RUN, **tiny)
+  given = {
+    "global": rng.normal(size=(B, 3, 8, 8, 3)).astype(np.float32),
+    "local": rng.normal(size=(B, 1, 4, 4, 3)).astype(np.float32),
+  }
+  params, state = random_like(jax.eval_shape(method.init, jax.random.key(0), given))
+  loss = lambda views: method.loss(params, state, views, jax.random.key(1), 0)[0]  # noqa: E731
+  seen = jax.jit(jax.grad(loss))(given)
+  patches = lambda x: np.any(patchify(x, 2), axis=-1)  # noqa: E731
+  for i in range(B):
+    for v in (0, 1):
+      kept = np.flatnonzero(patches(seen["global"][i : i + 1, 1 + v])[0])
+      assert set(kept) == set(order[2 * i + v, :11])
+  assert not np.any(seen["global"][:, 0])  # no gradient goes through the target
+  assert np.all(patches(seen["local"][:, 0]))
+  value, changed = jax.jit(loss)(given), given["global"].copy()
+  for place in (0, n - 1):
+    r, c = divmod(place, 4)
+    changed[0, 0, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2] += 1
+    before, value = value, jax.jit(loss)(given | {"global": changed})
+    assert before != value, place
 
 
 def test_smooth_l1_is_torchs_with_beta_1():
