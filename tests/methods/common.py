@@ -79,9 +79,7 @@ READS_LABELS = {"supcon", "supervised"}
 TAU = {
   "ijepa": lambda share, base: base + (1 - base) * share,
   "msn": lambda share, base: base + (1 - base) * share / 1.25,
-  **dict.fromkeys(
-    ("moco_v2", "densecl", "finegrained", "ressl", "mmcr"), lambda share, base: base
-  ),
+  **dict.fromkeys(("moco_v2", "densecl", "finegrained", "ressl", "mmcr"), lambda share, base: base),
 }
 # Options that make a method small, where it has them.
 TINY = {
