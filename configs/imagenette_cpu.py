@@ -30,7 +30,7 @@ def get_config(method: str = "fusion") -> ConfigDict:
   c.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-3, "warmup_epochs": 2.0})
   c.checkpoint.every_steps = 200
   change(c, SMALL.get(method, {}))
-  c.encoder.fusion.coarsen = 0 if method == "fusion" else 1  # a fused map of every stride
+  c.encoder.fusion.coarsen = 1
   c.encoder.vit.patch = 8
   if method == "simmim":
     c.method.mask_size = 16  # 2 x 2 patches, as in the others
