@@ -24,8 +24,9 @@ def whole(path: Path) -> Iterator[Path]:
     yield partial
     os.replace(partial, path)
   except OSError as error:
-    error.filename, error.filename2 = str(path), None
-    raise
+    if error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)

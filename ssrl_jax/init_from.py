@@ -37,7 +37,7 @@ def first_state(experiment: Experiment) -> TrainState:
     return state
   path, mine = Path(experiment.config.init_from).expanduser(), (state.params, state.method_state)
   wanted = dict(named_leaves(experiment.method.encoder.weights(*mine)))
-  if path.suffix in FILES and not path.is_dir():
+  if path.suffix.lower() in FILES and not path.is_dir():
     given = read_file(path, {k: x.shape for k, x in wanted.items()})
   else:
     other = load_run(path, mesh=experiment.config.mesh)
@@ -83,7 +83,7 @@ def read_file(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, np.nd
   Raises:
     ValueError: it is a pickle, damaged, or another encoder's.
   """
-  if path.suffix in PICKLES:
+  if path.suffix.lower() in PICKLES:
     raise ValueError(
       f"init_from: {path} is a pickle, which may run any code; where PyTorch is, make a file of "
       "tensors of it, NAME.safetensors: docs/evaluation.md, Encoders of others"
@@ -92,6 +92,10 @@ def read_file(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, np.nd
     tensors = load_file(path)
   except SafetensorError as error:
     raise ValueError(f"init_from: {path} is damaged, or no safetensors: {error}") from error
+  except (AttributeError, KeyError, TypeError) as error:  # how safetensors says so
+    raise ValueError(
+      f"init_from: {path} has numbers of a kind that NumPy lacks: {error}"
+    ) from error
   try:
     return from_torch(tensors, wanted)
   except ValueError as error:

@@ -51,12 +51,12 @@ def _below(group: str, found: dict[str, str], joint: str = ".") -> dict[str, str
 
 
 def comments(where: Any, name: str) -> dict[str, str]:
-  """{name: comment} of the lines `NAME = VALUE  # COMMENT` in the source of a function or class.
+  """{name: comment} of the lines `NAME [= VALUE]  # COMMENT` in a function's or class's source.
 
   Args:
     name: a pattern of what stands before " = ", its group the name.
   """
-  lines = re.findall(rf"^ +{name} = [^#\n]*?  # (.+)$", inspect.getsource(where), re.MULTILINE)
+  lines = re.findall(rf"^ +{name}(?: = [^#\n]*?)?  # (.+)$", inspect.getsource(where), re.MULTILINE)
   return dict(lines)
 
 

@@ -90,6 +90,11 @@ def check_run_folder(folder: Path, config: ConfigDict, facts: Facts, *, allow_ch
     )
   fix = "Choose another --workdir, or pass --allow_config_change to go on with the new one"
   if allow_change:
+    if not config.epochs and old.get("init_from", "") != config.init_from:
+      raise ValueError(
+        f"{folder} holds the encoder of {old.get('init_from')!r}, which would be judged as that of "
+        f"{config.init_from!r}; choose another --workdir"
+      )
     return
   if changed := changed_keys(load_config(folder), config):
     raise ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}. {fix}")

@@ -120,15 +120,20 @@ def train(
   source_of = f", with the encoder of {config.init_from}" if config.init_from else ""
   say(f"resuming at step {int(state.step)}" if state else f"starting at step 0{source_of}")
   state = with_guard(experiment, state) if state else first_state(experiment)
-  begin()
   step = int(state.step)
+  if step and not total:
+    raise ValueError(
+      f"{workdir} has trained {step} steps, and epochs=0 is for an encoder as it came; choose "
+      "another --workdir"
+    )
+  begin()
   known = [r for r in read_metrics(workdir) if r["step"] <= step]
   evaluations = Evaluations(config.evaluate.during, evaluate, known, step=step, total=total)
   reason = evaluations.reason()
   if step >= total or reason:
     if reason:
       say(f"stopped early: {reason}")
-    if not total:
+    if not total and not checkpoints.steps():
       checkpoints.finish(state, step=0, score=0.0)  # where the other commands find it
     checkpoints.close()
     return state, True

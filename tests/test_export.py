@@ -56,6 +56,9 @@ def test_file_holds_the_encoder_and_how_to_feed_it(root):
   assert json.loads(facts["mean"]) == list(load_run(root / "plain").experiment.config.data.mean)
   assert facts["image_size"] == "16"
   assert facts["format"] == "pt"  # what transformers asks for
+  again = file.with_name("again.safetensors")
+  assert exported(root / "plain", again) == 0
+  assert again.read_bytes() == file.read_bytes()
 
 
 def test_positions_and_image_size_are_of_one_grid(tmp_path):
@@ -124,6 +127,13 @@ def test_a_run_of_no_epochs_judges_the_file_s_encoder_and_may_go_on(root, tmp_pa
   assert "resuming at step 0" in out
   record = json.loads((tmp_path / "run" / "results.json").read_text())
   assert record["step"] == record["total_steps"] > 0
+  code, out, err = Fork(*command, "--config.epochs=0").finish()
+  assert code == 1
+  assert "steps, and epochs=0 is for an encoder as it came" in err
+  other = ["--config.init_from=/other.safetensors", "--config.epochs=0", "--allow_config_change"]
+  code, out, err = Fork(*command, *other).finish()
+  assert code == 1
+  assert "which would be judged as that of '/other.safetensors'" in err
 
 
 def test_nothing_to_train_is_refused_without_an_encoder(tmp_path):

@@ -1,8 +1,9 @@
-"""A ResNet's or ViT's arrays by the names and in the layouts that timm and torchvision have.
+"""Arrays of ResNets (timm's, torchvision's) and of ViTs (timm's) by their names and layouts.
 
 Arrays here are named as `state.named_leaves` does, "params/stem_conv/kernel"; of a wrapped encoder
 only those of its backbone are meant. Layouts: convolutions HWIO here and OIHW there, products IO
-and OI. Both compute the same function in inference (ResNet 1.5, pre-norm ViT with exact GELU).
+and OI. What has no weights is not in a file: these are ResNet 1.5 with BatchNorm and the pre-norm
+ViT with exact GELU; of anything else with the same names and shapes the outputs would be others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssrl_jax.models.vit import sincos
@@ -21,7 +23,7 @@ RULES: tuple[tuple[str, Callable[..., str]], ...] = (
   (r"stem_norm", lambda: "bn1"),
   (r"stage(\d+)_block(\d+)/Conv_(\d+)", lambda s, b, i: f"layer{s}.{b - 1}.conv{i + 1}"),
   (
-    r"stage(\d+)_block(\d+)/(?:Batch|Group)Norm_(\d+)",
+    r"stage(\d+)_block(\d+)/BatchNorm_(\d+)",
     lambda s, b, i: f"layer{s}.{b - 1}.bn{i + 1}",
   ),
   (r"stage(\d+)_block(\d+)/shortcut_conv", lambda s, b: f"layer{s}.{b - 1}.downsample.0"),
@@ -43,12 +45,15 @@ LEAVES = {
 }
 TOKENS = {"class_token": "cls_token", "registers": "reg_token"}
 CLASS, CLASS_PLACE, PLACES = "params/class_token", "params/class_position", "params/position"
+REGISTERS = "params/registers"
 POSITIONS = (CLASS_PLACE, PLACES)  # one array there: pos_embed
 BACKBONE = re.compile(r"^(params|batch_stats)/backbone/")
 SCALE = re.compile(r"(blocks\.\d+)\.(ls\d)\.gamma")
 SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}
-# What a file may hold beside an encoder: classifiers, MAE's decoder, counters, a mask token.
-BESIDE = re.compile(r"(fc|head\w*|classifier|decoder\w*|mask_token)(\.|$)|.*num_batches_tracked$")
+# What a file may hold beside an encoder: heads, MAE's decoder, counters, a mask token.
+BESIDE = re.compile(
+  r"(fc|head\w*|classifier|decoder\w*|mask_token|proj\w*_head|projector|predictor|prototypes)(\.|$)|.*num_batches_tracked$"
+)
 
 
 def torch_name(name: str) -> str:
@@ -143,8 +148,8 @@ def _alone(tensors: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.
   starts = [start for start in starts if not re.search(r"layer\d\.\d+\.$", start)]  # of a block
   if not starts:
     raise ValueError(
-      f"it has no {first}, a name that timm's and torchvision's ResNets and ViTs have; it has e.g. "
-      f"{', '.join(sorted(tensors)[:3]) or 'nothing'}"
+      f"it has no {first}, a name that timm's ResNets and ViTs have, and torchvision's ResNets; it "
+      f"has e.g. {', '.join(sorted(tensors)[:3]) or 'nothing'}"
     )
   held = {start: sum(start + name in tensors for name in names) for start in starts}
   starts = [start for start in starts if held[start] == max(held.values())]
@@ -152,7 +157,10 @@ def _alone(tensors: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.
     told = ", ".join(map(repr, sorted(starts)))
     raise ValueError(f"it holds several encoders, their names beginning with {told}; keep one")
   own = {k.removeprefix(starts[0]): x for k, x in tensors.items() if k.startswith(starts[0])}
-  return {k: np.asarray(x, np.float32) for k, x in own.items() if not BESIDE.match(k)}
+  own = {k: x for k, x in own.items() if not BESIDE.match(k)}
+  if wrong := [k for k, x in own.items() if not jnp.issubdtype(x.dtype, jnp.floating)]:
+    raise ValueError(f"{wrong[0]} is {own[wrong[0]].dtype}, expected floating point numbers")
+  return {k: np.asarray(x, np.float32) for k, x in own.items()}
 
 
 def _scaled(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -163,6 +171,8 @@ def _scaled(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for leaf in ("weight", "bias"):
       product = f"{block}.{SCALED[which]}.{leaf}"
       if product in found:
+        if found[product].shape[:1] != tensors[name].shape:
+          raise ValueError(f"{name} is {list(tensors[name].shape)}, {product} another length")
         found[product] = (found[product].T * tensors[name]).T
   return found
 
@@ -178,6 +188,10 @@ def _positions(pos_1ND: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> di
   fits = [(first, hw) for first, hw in layouts if first + math.prod(hw) == N]
   if not fits:
     raise ValueError(f"pos_embed has {N} places, neither a square nor {grid[0]} x {grid[1]}")
+  registers = shapes.get(REGISTERS, (0,))[0]
+  rest = N - 1 - registers
+  if registers and rest in (math.prod(grid), math.prod(square(rest))):
+    raise ValueError(f"pos_embed has {N} places, maybe some for {registers} registers")
   first, hw = fits[0]
   first_D = pos_ND[0] if first else np.zeros_like(pos_ND[0])
   pos_hwD = pos_ND[first:].reshape(*hw, dim)

@@ -34,6 +34,7 @@ def make_vit(
   *,
   size: str,
   patch: int = 16,
+  heads: int = 0,
   registers: int = 0,
   position: str = "learned",
   drop_path: float = 0.0,
@@ -41,8 +42,15 @@ def make_vit(
   dtype: str = "float32",
   remat: bool = False,
 ) -> ViT:
-  """The ViT of a size in `SIZES`. `dtype` is the computation's; parameters are float32."""
-  dim, layers, heads = SIZES[size]
+  """The ViT of a size in `SIZES`; `dtype` is the computation's, parameters are float32.
+
+  Raises:
+    ValueError: the width is no multiple of `heads`.
+  """
+  dim, layers, usual = SIZES[size]
+  heads = heads or usual
+  if dim % heads:
+    raise ValueError(f"encoder.vit.heads is {heads}, which does not divide the width {dim}")
   return ViT(
     dim, layers, heads, patch, registers, position, drop_path, pool, jnp.dtype(dtype), remat
   )
@@ -71,7 +79,7 @@ class ViT(nn.Module):
 
   dim: int
   layers: int
-  heads: int
+  heads: int  # of the attention; as an option 0 is the size's (MoCo v3's ViT-S has 12, not 6)
   patch: int = 16  # side of a patch, pixels
   registers: int = 0  # extra tokens without a position (Darcet et al. 2024)
   position: str = "learned"  # learned | sincos, which is fixed

@@ -70,7 +70,9 @@ def test_there_and_back_is_the_same_file(name):
 def test_what_stands_before_the_names_and_beside_the_encoder_is_passed_by():
   tensors = tensors_of("basic")
   around = {f"module.encoder_q.{k}": x for k, x in tensors.items()}
-  around |= {"module.queue": np.zeros(3), "module.encoder_q.head.0.weight": np.zeros(3)}
+  heads = ("head.0", "projection_head.2", "projector", "predictor.0", "prototypes")
+  around |= {f"module.encoder_q.{head}.weight": np.zeros(3) for head in heads}
+  around |= {"module.queue": np.zeros(3, np.int64)}
   wanted = wanted_of(ENCODERS["basic"])
   found, plain = from_torch(around, wanted), from_torch(tensors, wanted)
   assert found.keys() == plain.keys() == wanted.keys()
@@ -149,6 +151,7 @@ def without(tensors, part):
     (lambda t: t | {f"k.{k}": x for k, x in t.items()}, r"several encoders, .* with '', 'k.'"),
     (lambda t: {f"net{k}": x for k, x in t.items()}, r"has no bn1.bias, .* e.g. netbn1.bias"),
     (lambda t: {}, r"it has e.g. nothing"),
+    (lambda t: t | {"bn1.bias": np.zeros(64, np.int8)}, r"bn1.bias is int8, expected floating"),
     (lambda t: t | {"bn1.bias": np.full(64, np.nan)}, r"1 arrays hold NaN or .* bn1.bias"),
   ],
 )
@@ -160,3 +163,15 @@ def test_what_is_not_the_encoder_is_refused(change, message):
 def test_a_name_without_counterpart():
   with pytest.raises(ValueError, match="params/project4/kernel has no counterpart"):
     torch_name("params/project4/kernel")
+
+
+def test_what_a_file_cannot_say_is_refused():
+  grouped = ResNet((2, 1, 1, 1), False, norm="group")  # timm's have other groups
+  with pytest.raises(ValueError, match=r"GroupNorm_0/bias has no counterpart"):
+    from_torch(tensors_of("basic"), wanted_of(grouped))
+  tensors = tensors_of("vit_registers") | {"pos_embed": drawn("p", (1, 1 + 3 + 1, 24))}
+  with pytest.raises(ValueError, match=r"5 places, maybe some for 3 registers"):
+    from_torch(tensors, wanted_of(ENCODERS["vit_registers"], 8))
+  tensors = tensors_of("vit_scaled") | {"blocks.0.ls1.gamma": np.ones(7)}
+  with pytest.raises(ValueError, match=r"ls1.gamma is \[7\], blocks.0.attn.proj.\w+ another"):
+    from_torch(tensors, wanted_of(ENCODERS["vit_scaled"]))
