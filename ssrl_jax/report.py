@@ -99,11 +99,17 @@ def render(
   flat = flatten(config)
   name = [str(flat.get(f"{k}.name", f"unknown {k}")) for k in ("method", "encoder")]
   title = f"{name[0]} with {name[1]} on {flat.get('data.source', 'unknown data')}"
-  sections = [
-    _section("Result", _results_table(results.get("results") or {})),
+  training = [
     _section("Training", _training(metrics)),
     _section("Health of the embedding", _health(metrics, figures.embedding_size)),
     _section("What the encoder was fed", _views(figures.views)),
+  ]
+  if results.get("total_steps") == 0:
+    came = f"None: this is the encoder of {flat.get('init_from')}, as it came."
+    training = [_section("Training", _note(came))]
+  sections = [
+    _section("Result", _results_table(results.get("results") or {})),
+    *training,
     _section("Nearest neighbours", _neighbours(figures.neighbours, figures.class_names)),
     _section("Map of the test pictures", _projection(figures.test, figures.class_names)),
     _section("Spectrum of the features", _spectrum(figures.test)),
