@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from ssrl_jax.files import check_folder
+from ssrl_jax.files import check_folder, whole
 
 
 def test_folders_and_what_can_become_one_are_let_pass(tmp_path, monkeypatch):
@@ -29,3 +29,15 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
   (tmp_path / "link").symlink_to("nowhere")
   with pytest.raises(NotADirectoryError, match="link is a link that leads nowhere, no folder"):
     check_folder(tmp_path / "link", "--workdir")
+
+
+def test_what_could_not_be_written_is_named_and_leaves_nothing(tmp_path):
+  (tmp_path / "there").mkdir()
+  with (
+    pytest.raises(OSError, match=r"Is a directory: '[^']*/there'$"),
+    whole(tmp_path / "there") as partial,
+  ):
+    partial.write_text("x")
+  with pytest.raises(ZeroDivisionError), whole(tmp_path / "file") as partial:
+    partial.write_text(str(1 / 0))
+  assert [p.name for p in tmp_path.iterdir()] == ["there"]

@@ -370,3 +370,9 @@ def test_only_a_masked_network_has_a_mask_token():
       lambda x, o=options: model.init(jax.random.key(0), x, False, **o), images
     )
     assert ("mask_token" in shapes["params"]) == has
+
+
+def test_heads_are_the_size_s_unless_given():
+  assert [make_vit(size="s", heads=h).heads for h in (0, 12)] == [6, 12]
+  with pytest.raises(ValueError, match=r"encoder.vit.heads is 5, which does not divide the width"):
+    make_vit(size="s", heads=5)
